@@ -1,0 +1,34 @@
+"""The ``fourfold`` command. Subcommands import their modules when they run, so ``--help`` needs no torch."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from fourfold.common import __version__
+from fourfold.common.errors import FourfoldError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure, as ratios against the alternative in the same run.")
+app.add_typer(bench_app, name="bench")
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"fourfold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
+    """NVFP4 and the optimisations that compound with it, for vLLM and SGLang."""
+
+
+def main() -> None:
+    """Run the command; a `FourfoldError` becomes one line on stderr and exit status 2."""
+    try:
+        app()
+    except FourfoldError as error:
+        typer.echo(f"fourfold: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,130 @@
+"""Every option of fourfold, in one typed object, and the only place that reads environment variables.
+
+vLLM passes settings as ``--additional-config '{"fourfold": {...}}'``, SGLang through the environment variable
+``FOURFOLD_CONFIG`` (the same JSON object, without the outer key). Unknown keys are refused with the nearest valid
+name. Environment variables are parsed strictly and latched: the first value read holds for the process.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fourfold.common.errors import FourfoldError
+
+ScaleMethod = Literal["sweep", "four_over_six", "absmax"]
+SchemeName = Literal["auto", "w4a16", "w4a4"]
+SCALE_METHODS: tuple[str, ...] = get_args(ScaleMethod)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                    hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"unknown key {key!r}; {hint}")
+        return data
+
+
+class QuantSettings(_Strict):
+    """Options of ``--quantization fourfold_nvfp4``."""
+
+    scales: ScaleMethod = Field("sweep", description="how block scales are chosen when weights are quantised while loading")
+    scheme: SchemeName = Field(
+        "auto",
+        description="w4a16: NVFP4 weights; w4a4: NVFP4 activations too; auto: what the checkpoint declares, w4a16 if nothing",
+    )
+    importance: str = Field(
+        "auto",
+        description="statistics file that weights the scale search; auto: one that lies beside the model; none: unweighted",
+    )
+    ignore: list[str] = Field(
+        default_factory=list, description="regular expressions; a layer whose name contains a match keeps its dtype"
+    )
+    backend: str = Field("auto", description="auto, cpu or reference")
+
+    @field_validator("ignore")
+    @classmethod
+    def _regexes(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return patterns
+
+    def ignores(self, name: str) -> bool:
+        """Whether the layer ``name`` matches one of `ignore`."""
+        return any(re.search(pattern, name) for pattern in self.ignore)
+
+
+class Settings(_Strict):
+    """All options."""
+
+    quant: QuantSettings = Field(default_factory=QuantSettings)
+
+
+def parse_settings(data: Any, source: str) -> Settings:
+    """Validate ``data`` as settings.
+
+    Raises:
+        FourfoldError: names ``source``, the key, the value found and what was expected.
+    """
+    if not isinstance(data, dict):
+        raise FourfoldError(f"{source}: expected a JSON object of settings, got {type(data).__name__} {data!r}")
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            where = ".".join(map(str, item["loc"]))
+            text = item["msg"].removeprefix("Value error, ")
+            shown = "" if text.startswith("unknown key") else f" (got {item['input']!r})"
+            problems.append(f"{where + ': ' if where else ''}{text}{shown}")
+        raise FourfoldError(f"{source}: {'; '.join(problems)}") from None
+
+
+@cache
+def disabled() -> bool:
+    """Whether ``FOURFOLD_DISABLE`` turns fourfold off (``1`` or ``0``; latched)."""
+    value = os.environ.get("FOURFOLD_DISABLE", "0")
+    if value not in ("0", "1"):
+        raise FourfoldError(f"FOURFOLD_DISABLE={value!r}: expected 1 (off) or 0 (on)")
+    return value == "1"
+
+
+@cache
+def settings_from_env() -> Settings:
+    """The settings in ``FOURFOLD_CONFIG`` (latched); defaults where it is unset.
+
+    Raises:
+        FourfoldError: not JSON, or not valid settings.
+    """
+    text = os.environ.get("FOURFOLD_CONFIG", "{}")
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FourfoldError(f"FOURFOLD_CONFIG is not JSON ({error}): {text!r}") from None
+    return parse_settings(data, "FOURFOLD_CONFIG")
+
+
+@cache
+def cache_dir() -> Path:
+    """Where compiled kernels and test models are kept: ``FOURFOLD_CACHE``, else the user's cache directory."""
+    explicit = os.environ.get("FOURFOLD_CACHE")
+    if explicit:
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fourfold"
