@@ -1,0 +1,155 @@
+"""What a user would pick instead of fourfold on a CPU, made from the same model for `bench engine`.
+
+The engine's own INT4 reads a compressed-tensors ``pack-quantized`` checkpoint (symmetric, group 128), written
+here. llama.cpp is measured with its own tools where the user has them. Round-to-nearest is enough: speed is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from fourfold.common.errors import FourfoldError
+from fourfold.common.settings import cache_dir
+
+GROUP = 128
+LLAMA_KINDS = ("BF16", "Q8_0", "Q4_0")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _is_projection(name: str) -> bool:
+    return name.endswith(".weight") and name.split(".")[-2] in _PROJECTIONS
+
+
+def _headers(model: Path) -> Iterator[tuple[str, list[int]]]:
+    from safetensors import safe_open
+
+    for shard in sorted(model.glob("*.safetensors")):
+        with safe_open(shard, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_slice(name).get_shape()
+
+
+def bytes_per_token(model: Path) -> dict[str, int]:
+    """Bytes of weights that one decoded token reads, for BF16 and NVFP4 (the head is BF16 in both)."""
+    linear = head = embedding = 0
+    for name, shape in _headers(model):
+        size = 1
+        for extent in shape:
+            size *= extent
+        if _is_projection(name):
+            linear += size
+        elif "lm_head" in name:
+            head = size
+        elif "embed_tokens" in name:
+            embedding = size
+    return {"BF16": 2 * (linear + (head or embedding)), "NVFP4": linear * 9 // 16 + 2 * (head or embedding)}
+
+
+def int4_checkpoint(model: Path) -> Path:
+    """Write (once) the INT4 checkpoint of ``model`` in the cache and return its folder.
+
+    Raises:
+        FourfoldError: an inner dimension is no multiple of 128.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    out = cache_dir() / "bench" / f"{model.name}-int4-g{GROUP}"
+    if out.exists():
+        return out
+    for name, shape in _headers(model):
+        if _is_projection(name) and shape[1] % GROUP:
+            raise FourfoldError(f"{name}: inner dimension {shape[1]} is no multiple of the group, {GROUP}")
+    part = out.with_suffix(".partial")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    for shard in sorted(model.glob("*.safetensors")):
+        tensors: dict[str, torch.Tensor] = {}
+        with safe_open(shard, "pt") as source:
+            for name in source.keys():  # noqa: SIM118
+                weight = source.get_tensor(name)
+                if not _is_projection(name):
+                    tensors[name] = weight
+                    continue
+                rows, columns = weight.shape
+                groups = weight.float().view(rows, -1, GROUP)
+                scale = (groups.abs().amax(-1, keepdim=True) / 7.5).clamp(min=1e-8)
+                codes = (groups / scale).round_().clamp_(-8, 7).view(rows, columns // 8, 8).to(torch.int32) + 8
+                packed = (codes << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+                base = name.removesuffix(".weight")
+                tensors[f"{base}.weight_packed"] = packed
+                tensors[f"{base}.weight_scale"] = scale.squeeze(-1).to(weight.dtype)
+                tensors[f"{base}.weight_shape"] = torch.tensor([rows, columns], dtype=torch.int64)
+        save_file(tensors, part / shard.name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard.name)
+    if len(set(weight_map.values())) > 1:
+        (part / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = json.loads((model / "config.json").read_text())
+    scheme = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme, "input_activations": None}},
+        "ignore": ["lm_head"],
+    }
+    (part / "config.json").write_text(json.dumps(config, indent=1))
+    for other in model.iterdir():
+        if other.is_file() and other.suffix != ".safetensors" and not (part / other.name).exists():
+            if other.name != "model.safetensors.index.json":
+                shutil.copy2(other, part)
+    part.rename(out)
+    return out
+
+
+def _tool(folder: Path, name: str) -> Path:
+    for place in (folder / name, folder / "bin" / name):
+        if place.is_file():
+            return place.resolve()
+    raise FourfoldError(f"{name} is not in {folder} or its bin/; build llama.cpp's tools there")
+
+
+def _run(command: list[str | Path]) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if result.returncode:
+        raise FourfoldError(f"{Path(command[0]).name} failed: {(result.stderr or result.stdout)[-1500:]}")
+    return result.stdout
+
+
+def llama_cpp_speed(folder: Path, model: Path, kind: str, batches: list[int], tokens: int) -> dict[int, float]:
+    """Decode tokens a second of llama.cpp for each batch, by its own ``llama-batched-bench``.
+
+    Raises:
+        FourfoldError: a tool is missing or fails.
+    """
+    bench, quantize = _tool(folder, "llama-batched-bench"), _tool(folder, "llama-quantize")
+    made = cache_dir() / "bench" / f"{model.name}-{kind.lower()}.gguf"
+    source = made.with_name(f"{model.name}-bf16.gguf")
+    made.parent.mkdir(parents=True, exist_ok=True)
+    part = made.with_suffix(".partial")
+    if not source.exists():
+        converter = _tool(folder, "convert_hf_to_gguf.py")
+        _run([sys.executable, converter, model, "--outfile", part, "--outtype", "bf16"])
+        part.rename(source)
+    if not made.exists():
+        _run([quantize, source, part, kind])
+        part.rename(made)
+    threads = len(os.sched_getaffinity(0))
+    sizes = ",".join(map(str, batches))
+    length = max(batches) * (tokens + 32)
+    command: list[str | Path] = [bench, "-m", made, "-c", str(length), "-npp", "16", "-ntg", str(tokens)]
+    output = _run([*command, "-npl", sizes, "-t", str(threads), "--output-format", "jsonl"])
+    speeds: dict[int, float] = {}
+    for line in output.splitlines():
+        if line.startswith("{"):
+            entry = json.loads(line)
+            speeds[int(entry["pl"])] = float(entry["speed_tg"])
+    return speeds
