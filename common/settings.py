@@ -42,14 +42,16 @@ class _Strict(BaseModel):
 class QuantSettings(_Strict):
     """Options of ``--quantization fourfold_nvfp4``."""
 
-    scales: ScaleMethod = Field("sweep", description="how block scales are chosen when weights are quantised while loading")
+    scales: ScaleMethod = Field(
+        "sweep", description="how block scales are chosen when weights are quantised while loading"
+    )
     scheme: SchemeName = Field(
         "auto",
-        description="w4a16: NVFP4 weights; w4a4: NVFP4 activations too; auto: what the checkpoint declares, w4a16 if nothing",
+        description="w4a16: NVFP4 weights; w4a4: activations too; auto: what the checkpoint declares, else w4a16",
     )
     importance: str = Field(
         "auto",
-        description="statistics file that weights the scale search; auto: one that lies beside the model; none: unweighted",
+        description="statistics file that weights the scale search; auto: one beside the model; none: unweighted",
     )
     ignore: list[str] = Field(
         default_factory=list, description="regular expressions; a layer whose name contains a match keeps its dtype"

@@ -1,4 +1,4 @@
-"""``fourfold bench engine``: decode speed of the real engine with and without NVFP4, and of what a user would pick instead.
+"""``fourfold bench engine``: decode speed of the real engine with NVFP4, with BF16 and with a user's other choices.
 
 Every configuration is a server started as a user starts it. All run at the same time, but only one at a time
 is awake (the others are stopped by signal), and they take turns, so that a drift of the machine hits all alike.
@@ -130,12 +130,16 @@ def measure(
             statistics.median(values) / statistics.median(speeds[base, batch]),
             peaks[label],
         )
-        for (label, batch), values in sorted(speeds.items(), key=lambda item: (item[0][1], list(servers).index(item[0][0])))
+        for (label, batch), values in sorted(
+            speeds.items(), key=lambda item: (item[0][1], list(servers).index(item[0][0]))
+        )
     ]
 
 
 def engine(
-    model: Annotated[str, typer.Argument(help="Model directory, 'smollm2' or '1b' (random weights, Llama shape).")] = "1b",
+    model: Annotated[
+        str, typer.Argument(help="Model directory, 'smollm2' or '1b' (random weights, Llama shape).")
+    ] = "1b",
     batch: Annotated[list[int] | None, typer.Option(help="Concurrent requests; repeatable. Default 1, 8, 32.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens generated a request.")] = 64,
     rounds: Annotated[int, typer.Option(help="Turns of each configuration.")] = 3,

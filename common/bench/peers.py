@@ -18,7 +18,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.settings import cache_dir
 
 GROUP = 128
-LLAMA_KINDS = ("BF16", "Q8_0", "Q4_0")
+LLAMA_KINDS = ("BF16", "Q8_0", "Q4_0", "NVFP4")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -124,24 +124,40 @@ def _run(command: list[str | Path]) -> str:
     return result.stdout
 
 
+def _nvfp4_checkpoint(model: Path) -> Path:
+    """The ModelOpt NVFP4 checkpoint of ``model``, which llama.cpp's converter reads."""
+    from fourfold.common.quant.checkpoint.convert import convert
+
+    out = cache_dir() / "bench" / f"{model.name}-modelopt"
+    if not out.exists():
+        convert(model, out, scales="absmax", layout="modelopt")
+    return out
+
+
+def _gguf(folder: Path, model: Path, kind: str) -> Path:
+    """The GGUF file of ``model`` in llama.cpp's format ``kind``, made once in the cache by llama.cpp's own tools."""
+    made = cache_dir() / "bench" / f"{model.name}-{kind.lower()}.gguf"
+    if made.exists():
+        return made
+    made.parent.mkdir(parents=True, exist_ok=True)
+    part = made.with_suffix(".partial")
+    if kind in ("BF16", "NVFP4"):
+        source = model if kind == "BF16" else _nvfp4_checkpoint(model)
+        converter = _tool(folder, "convert_hf_to_gguf.py")
+        _run([sys.executable, converter, source, "--outfile", part, "--outtype", "bf16"])
+    else:
+        _run([_tool(folder, "llama-quantize"), _gguf(folder, model, "BF16"), part, kind])
+    part.rename(made)
+    return made
+
+
 def llama_cpp_speed(folder: Path, model: Path, kind: str, batches: list[int], tokens: int) -> dict[int, float]:
     """Decode tokens a second of llama.cpp for each batch, by its own ``llama-batched-bench``.
 
     Raises:
         FourfoldError: a tool is missing or fails.
     """
-    bench, quantize = _tool(folder, "llama-batched-bench"), _tool(folder, "llama-quantize")
-    made = cache_dir() / "bench" / f"{model.name}-{kind.lower()}.gguf"
-    source = made.with_name(f"{model.name}-bf16.gguf")
-    made.parent.mkdir(parents=True, exist_ok=True)
-    part = made.with_suffix(".partial")
-    if not source.exists():
-        converter = _tool(folder, "convert_hf_to_gguf.py")
-        _run([sys.executable, converter, model, "--outfile", part, "--outtype", "bf16"])
-        part.rename(source)
-    if not made.exists():
-        _run([quantize, source, part, kind])
-        part.rename(made)
+    bench, made = _tool(folder, "llama-batched-bench"), _gguf(folder, model, kind)
     threads = len(os.sched_getaffinity(0))
     sizes = ",".join(map(str, batches))
     length = max(batches) * (tokens + 32)

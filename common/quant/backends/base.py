@@ -31,7 +31,7 @@ class Scheme(str, Enum):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What a backend is asked to serve: W of shape ``[rows, columns]`` under ``scheme`` for activations of ``dtype``."""
+    """What a backend is asked to serve: W ``[rows, columns]`` under ``scheme`` for activations of ``dtype``."""
 
     rows: int
     columns: int
