@@ -56,7 +56,7 @@ class QuantSettings(_Strict):
     ignore: list[str] = Field(
         default_factory=list, description="regular expressions; a layer whose name contains a match keeps its dtype"
     )
-    backend: str = Field("auto", description="auto, cpu or reference")
+    backend: str = Field("auto", description="auto, cpu, cpu_int16 or reference")
 
     @field_validator("ignore")
     @classmethod
@@ -121,6 +121,18 @@ def settings_from_env() -> Settings:
     except json.JSONDecodeError as error:
         raise FourfoldError(f"FOURFOLD_CONFIG is not JSON ({error}): {text!r}") from None
     return parse_settings(data, "FOURFOLD_CONFIG")
+
+
+@cache
+def cpu_isa() -> str | None:
+    """The instruction set that ``FOURFOLD_CPU_ISA`` asks for (latched); None: the best there is."""
+    return os.environ.get("FOURFOLD_CPU_ISA") or None
+
+
+@cache
+def cxx() -> str | None:
+    """The C++ compiler that ``CXX`` names (latched)."""
+    return os.environ.get("CXX") or None
 
 
 @cache

@@ -32,9 +32,18 @@ def quantize_activations(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor,
     return nvfp4.encode(x, block_scales, global_scale), block_scales, global_scale
 
 
+def quantized_values(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what the codes and block scales of ``x [M, K]`` stand for, and the global scales to multiply with.
+
+    Returns:
+        float32 ``[M, K]`` (exact in bfloat16) and float32 ``[M, 1]``.
+    """
+    packed, block_scales, global_scale = quantize_activations(x, input_scale)
+    values = e2m1.decode(e2m1.unpack(packed)).view(x.shape[0], -1, nvfp4.BLOCK)
+    return (values * block_scales.to(torch.float32).unsqueeze(-1)).view(x.shape), global_scale
+
+
 def fake_quantize(x: Tensor, input_scale: Tensor | None) -> Tensor:
     """Return ``x`` after a round trip through NVFP4, float32 ``[M, K]``."""
-    packed, block_scales, global_scale = quantize_activations(x, input_scale)
-    rows, columns = x.shape
-    values = e2m1.decode(e2m1.unpack(packed)).view(rows, -1, nvfp4.BLOCK)
-    return (values * block_scales.to(torch.float32).unsqueeze(-1)).view(rows, columns) * global_scale
+    values, global_scale = quantized_values(x, input_scale)
+    return values * global_scale

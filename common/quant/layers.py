@@ -223,9 +223,7 @@ class LayerPlan:
             return f"{method}, weighted by {self.importance_origin}"
         if self.importance:
             return f"{method}, weighted by {self.importance_origin} except {self._unweighted} layers it does not have"
-        return (
-            f"{method}, unweighted: `fourfold quantize` with its default statistics loses less quality, at the same speed"
-        )
+        return f"{method}, unweighted: `fourfold quantize` with its default statistics loses less quality, at the same speed"
 
 
 def describe(backend: Backend) -> str:

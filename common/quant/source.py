@@ -143,7 +143,9 @@ def _read_modelopt(config: Mapping[str, Any]) -> Source:
         )
     size = inner.get("group_size")
     if size is not None and size != BLOCK:
-        raise FourfoldError(f"quantization_config.group_size: NVFP4 has blocks of {BLOCK}, the checkpoint says {size!r}")
+        raise FourfoldError(
+            f"quantization_config.group_size: NVFP4 has blocks of {BLOCK}, the checkpoint says {size!r}"
+        )
     scheme = schemes[algorithm]
     groups = inner.get("config_groups") or {}
     if groups and all(not group.get("input_activations") for group in groups.values()):

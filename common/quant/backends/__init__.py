@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from fourfold.common.quant.backends.base import Backend, LayerSpec, PreparedLinear, Requirements, Scheme, Selection
 from fourfold.common.quant.backends.base import select as _select
-from fourfold.common.quant.backends.cpu import CpuBackend
+from fourfold.common.quant.backends.cpu import INT8, INT16, CpuBackend
 from fourfold.common.quant.backends.reference import ReferenceBackend
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CpuBackend("cpu", INT8), CpuBackend("cpu_int16", INT16), ReferenceBackend())
+}
 
 __all__ = [
     "BACKENDS",

@@ -98,7 +98,7 @@ class PreparedLinear(nn.Module, ABC):
 class Backend(ABC):
     """One way to serve NVFP4 linear layers."""
 
-    name: ClassVar[str]
+    name: str
     requires: ClassVar[Requirements] = Requirements()
 
     def refuse(self, spec: LayerSpec) -> str | None:

@@ -23,9 +23,7 @@ class ReferenceLinear(PreparedLinear):
         one = torch.ones((), device=linear.packed.device)
         self.scheme = scheme
         self.shard_rows = linear.shard_rows
-        self.register_buffer(
-            "weight", NvFp4Tensor(linear.packed, linear.block_scales, one).dequantize(torch.bfloat16)
-        )
+        self.register_buffer("weight", NvFp4Tensor(linear.packed, linear.block_scales, one).dequantize(torch.bfloat16))
         self.register_buffer("row_scales", linear.row_scales())
         self.register_buffer("input_scales", linear.input_scales)
 
