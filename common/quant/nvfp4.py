@@ -48,14 +48,14 @@ class NvFp4Tensor:
         return scaled.view(rows, columns).to(dtype)
 
 
-def check_weight(weight: Tensor, name: str) -> None:
-    """Refuse what NVFP4 cannot hold.
+def check_weight(weight: Tensor, name: str) -> Tensor:
+    """Refuse what NVFP4 cannot hold; return the largest magnitude, float32 scalar.
 
     Raises:
         FourfoldError: not a matrix, an inner dimension that is no multiple of 16, not floating point,
             or a NaN or infinity; the message names the tensor.
     """
-    if weight.dim() != 2:
+    if weight.dim() != 2 or weight.shape[0] == 0:
         raise FourfoldError(f"{name}: expected a matrix [N, K], got shape {list(weight.shape)}")
     if not weight.is_floating_point():
         raise FourfoldError(f"{name}: expected a floating-point tensor, got {weight.dtype}")
@@ -64,11 +64,14 @@ def check_weight(weight: Tensor, name: str) -> None:
             f"{name}: inner dimension {weight.shape[1]} is not a positive multiple of {BLOCK}, the NVFP4 block; "
             "leave this layer in its own dtype (ignore)"
         )
-    if not bool(torch.isfinite(weight).all()):
+    low, high = torch.aminmax(weight)
+    amax = torch.maximum(low.abs(), high.abs()).float()
+    if not bool(torch.isfinite(amax)):
         bad = int((~torch.isfinite(weight)).sum())
         raise FourfoldError(
             f"{name}: {bad} of {weight.numel()} values are NaN or infinite; NVFP4 has neither, repair the source"
         )
+    return amax
 
 
 def global_scale_of(amax: Tensor) -> Tensor:
