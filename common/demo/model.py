@@ -98,7 +98,7 @@ def _build_smollm2(target: Path) -> None:
         import accelerate  # noqa: F401  (transformers needs both to read GGUF)
         import gguf  # noqa: F401
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, GenerationConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
     except ImportError as error:
         raise FourfoldError(f"SmolLM2 cannot be converted: {error}; pip install --no-deps accelerate gguf") from None
     with tempfile.TemporaryDirectory(prefix="fourfold-gguf-", dir=target.parent) as work:

@@ -1,26 +1,20 @@
-"""From an engine's layers to `NvFp4Linear` and a backend: the logic that both engine bindings share.
+"""What is served in NVFP4 and by which backend: one `LayerPlan` for each model, shared by both engine bindings.
 
 An engine binding does, for each model it loads:
 
-1. ``source = read_source(hf_quantization_config)`` (`fourfold.common.quant.source`) and
-   ``plan = LayerPlan(source, settings.quant, fused)``, where ``fused`` is the engine's map of fused module names to
-   their checkpoint names (``qkv_proj`` and ``gate_up_proj`` are known without it).
+1. ``plan = plan_for(model, config, settings, fused)`` (`fourfold.common.quant.plan`).
 2. For each linear layer, before its weights exist: ``plan.decide(prefix, columns)``. None means: keep the layer in the
-   model's dtype. Otherwise a `LayerDecision`: create the parameters of ``source.layout`` (plus the input scale where
-   ``decision.declared`` is W4A4) and call ``plan.expect(layer)``.
-3. For each layer, once its parameters are loaded, build the `NvFp4Linear`: `from_nvfp4` for an NVFP4 checkpoint,
-   ``plan.quantize`` for a plain one, ``plan.quantize`` of `dequantize_fp8_blocks` for an FP8 one. Under tensor
-   parallelism pass ``reduce_max`` so that the global scales, hence the codes, are those of the whole matrix, and
-   to a row-parallel layer the ``columns`` it holds.
-4. ``module = plan.prepare(layer, decision, linear, dtype)``; drop the parameters; ``module(x, bias)`` is the layer.
-   When the last expected layer is prepared, the plan logs one line for each backend in use.
+   model's dtype. Otherwise a `LayerDecision`, with which it creates a `fourfold.common.quant.loading.LoadedLayer`, the
+   parameters of `parameter_specs`, and reports what its loader brings.
+3. ``LoadedLayer.prepare(layer)`` turns the parameters into ``layer.fourfold``, and ``layer.fourfold(x, bias)`` is the
+   layer. When the last expected layer is prepared, the plan logs one line for each backend in use.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +23,7 @@ from torch import Tensor
 
 from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
-from fourfold.common.quant import backends, nvfp4, quantizer
+from fourfold.common.quant import backends, nvfp4
 from fourfold.common.quant.backends.base import Backend, LayerSpec, PreparedLinear, Scheme
 from fourfold.common.quant.linear import NvFp4Linear
 from fourfold.common.quant.source import Layout, Source
@@ -40,8 +34,6 @@ FUSED: Mapping[str, Sequence[str]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 ROUTERS = ("gate", "router")  # the last component of a router's name; also any name that ends in _gate
-
-ReduceMax = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,6 +76,7 @@ class LayerPlan:
         self._served: dict[tuple[Scheme, str, tuple[tuple[str, str], ...]], Counter[str]] = {}
         self._kept: dict[str, Counter[str]] = {}
         self._unweighted = 0
+        self.loading = False  # whether any tensor has come from a checkpoint
         self.log = get_logger(__name__)
 
     def names(self, prefix: str) -> tuple[str, ...]:
@@ -145,31 +138,29 @@ class LayerPlan:
         """Remember that ``layer`` (weakly held) will be prepared; the report waits for it."""
         self._waiting.add(layer)
 
-    def quantize(
-        self,
-        decision: LayerDecision,
-        shards: Sequence[Tensor],
-        columns: slice = slice(None),
-        reduce_max: ReduceMax | None = None,
-    ) -> NvFp4Linear:
-        """Quantise a loaded layer by the settings and the statistics; see `quantize_shards`.
-
-        Args:
-            decision: the layer's decision.
-            shards: matrices ``[N_i, K]`` of this rank.
-            columns: the inputs that this rank holds, of a row-parallel layer.
-            reduce_max: the largest magnitudes over the ranks, under tensor parallelism.
-        """
-        names = decision.names
-        if len(names) != len(shards):  # stored as one tensor
-            names = tuple(f"{decision.prefix}[{index}]" for index in range(len(shards)))
-            statistics = [self.importance.get(decision.prefix)] * len(shards)
-        else:
-            statistics = [self.importance.get(name) for name in names]
-        if all(statistic is None for statistic in statistics):
+    def statistics(self, decision: LayerDecision, shards: int) -> list[Tensor | None]:
+        """The statistics of a layer's inputs for each of its shards; counts a layer that has none, for the log."""
+        names = decision.names if len(decision.names) == shards else (decision.prefix,) * shards
+        found = [self.importance.get(name) for name in names]
+        if all(statistic is None for statistic in found):
             self._unweighted += 1
-        weights = [None if statistic is None else statistic[columns] for statistic in statistics]
-        return quantize_shards(shards, names, self.settings.scales, weights, reduce_max)
+        return found
+
+    def check_other(self, prefix: str, kind: str) -> None:
+        """Take note of a layer that is not linear: experts keep the model's dtype.
+
+        Raises:
+            FourfoldError: the checkpoint stores the experts quantised.
+        """
+        if not any(word in kind for word in ("Expert", "MoE")):
+            return
+        stored = self.source.layout is not Layout.PLAIN
+        if stored and not self.source.ignores(prefix) and not self.source.ignores(f"{prefix}.0.gate_proj"):
+            raise FourfoldError(
+                f"{prefix}: this version serves dense layers; the checkpoint stores its experts as "
+                f"{self.source.layout.value}. Serve it with the engine's own method, or quantise the BF16 original"
+            )
+        self.keep(prefix, "experts are not quantised by this version")
 
     def prepare(self, layer: Any, decision: LayerDecision, linear: NvFp4Linear, dtype: torch.dtype) -> PreparedLinear:
         """Choose a backend for ``linear``, repack it, and log once all expected layers are prepared.
@@ -223,7 +214,7 @@ class LayerPlan:
             return f"{method}, weighted by {self.importance_origin}"
         if self.importance:
             return f"{method}, weighted by {self.importance_origin} except {self._unweighted} layers it does not have"
-        return f"{method}, unweighted: `fourfold quantize` with its default statistics loses less quality, at the same speed"
+        return f"{method}, unweighted: `fourfold quantize` keeps more quality at the same speed, with statistics"
 
 
 def describe(backend: Backend) -> str:
@@ -234,93 +225,3 @@ def describe(backend: Backend) -> str:
 
 def _listed(kinds: Counter[str]) -> str:
     return ", ".join(kinds)
-
-
-def from_nvfp4(
-    layout: Layout,
-    packed: Tensor,
-    block_scales: Tensor,
-    weight_global: Tensor,
-    input_global: Tensor | None,
-    shard_rows: Sequence[int],
-    name: str,
-) -> NvFp4Linear:
-    """Describe the loaded parameters of an NVFP4 checkpoint.
-
-    Args:
-        layout: whose parameters these are; compressed-tensors stores the reciprocals of the global scales.
-        packed: uint8 ``[N, K / 2]``.
-        block_scales: float8_e4m3fn ``[N, K / 16]``.
-        weight_global: float32 ``[S]``, as stored.
-        input_global: float32 ``[S]``, as stored, or None.
-        shard_rows: rows of each of the S shards.
-        name: the layer, for messages.
-
-    Raises:
-        FourfoldError: a global scale is not positive and finite, or a block scale is NaN (also: was never loaded, where
-            the engine created the parameters with NaN).
-    """
-    missing = bool((block_scales.view(torch.uint8) & 0x7F).eq(0x7F).any())
-    if missing:
-        raise FourfoldError(f"{name}: weight_scale has NaN, or the checkpoint lacks it; this layer is not NVFP4 there")
-    scales = []
-    for label, scale in (("weight", weight_global), ("input", input_global)):
-        if scale is None:
-            scales.append(None)
-            continue
-        scale = scale.detach().float().reshape(-1)
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise FourfoldError(
-                f"{name}: the {label} global scales are {scale.tolist()}, expected positive finite numbers; "
-                "the checkpoint lacks them or is damaged"
-            )
-        scales.append(scale.reciprocal() if layout is Layout.COMPRESSED_TENSORS else scale.clone())
-    weight_scales, input_scales = scales
-    assert weight_scales is not None
-    return NvFp4Linear(packed.detach(), block_scales.detach(), weight_scales, tuple(shard_rows), input_scales)
-
-
-def quantize_shards(
-    shards: Sequence[Tensor],
-    names: Sequence[str],
-    method: str,
-    importance: Sequence[Tensor | None],
-    reduce_max: ReduceMax | None = None,
-) -> NvFp4Linear:
-    """Quantise the shards of a layer, each under its own global scale.
-
-    Args:
-        shards: matrices ``[N_i, K]`` of this rank, floating point.
-        names: a name for each shard, for messages.
-        method: a name of `fourfold.common.settings.SCALE_METHODS`.
-        importance: for each shard, mean squares of the inputs ``[K]``, or None.
-        reduce_max: takes float32 ``[S]``, this rank's largest magnitudes, and returns the largest over all ranks that
-            hold a part of the shards.
-
-    Raises:
-        FourfoldError: a shard that NVFP4 cannot hold; the message names it.
-    """
-    amax = torch.stack([shard.abs().amax().float() for shard in shards])
-    if reduce_max is not None:
-        amax = reduce_max(amax)
-    scales = nvfp4.global_scale_of(amax)
-    return NvFp4Linear.from_shards(
-        [
-            quantizer.quantize_weight(shard, name=name, method=method, importance=weights, global_scale=scale)
-            for shard, name, weights, scale in zip(shards, names, importance, scales, strict=True)
-        ]
-    )
-
-
-def dequantize_fp8_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int], name: str) -> Tensor:
-    """Return float32 ``[N, K]`` of FP8 weights ``[N, K]`` and their block scales ``[ceil(N / B0), ceil(K / B1)]``.
-
-    Raises:
-        FourfoldError: the scales have another shape.
-    """
-    rows, columns = weight.shape
-    expected = [-(-rows // block[0]), -(-columns // block[1])]
-    if list(scales.shape) != expected:
-        raise FourfoldError(f"{name}: expected block scales of shape {expected}, got {list(scales.shape)}")
-    spread = scales.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return weight.float() * spread

@@ -47,19 +47,18 @@ def quantize_weight(
     amax = nvfp4.check_weight(weight, name)
     if importance is not None:
         importance = _check_importance(importance, weight, name)
-    if global_scale is None:
-        global_scale = nvfp4.global_scale_of(amax)
-    global_scale = global_scale.to(device=weight.device, dtype=torch.float32)
+    scale = nvfp4.global_scale_of(amax) if global_scale is None else global_scale
+    scale = scale.to(device=weight.device, dtype=torch.float32)
     if compiled is not False and weight.device.type == "cpu" and (compiled or _compiled()):
-        packed, block_scales = native.quantize(weight, float(global_scale), method, importance)
-        return NvFp4Tensor(packed, block_scales, global_scale)
+        packed, block_scales = native.quantize(weight, float(scale), method, importance)
+        return NvFp4Tensor(packed, block_scales, scale)
     chunk = max(1, CHUNK // weight.shape[1])
     parts: list[tuple[Tensor, Tensor]] = []
     for part in weight.split(chunk):
         part = part.float()
-        chosen = scales.choose_block_scales(part, global_scale, method, importance)
-        parts.append((nvfp4.encode(part, chosen, global_scale), chosen))
-    return NvFp4Tensor(torch.cat([p for p, _ in parts]), torch.cat([s for _, s in parts]), global_scale)
+        chosen = scales.choose_block_scales(part, scale, method, importance)
+        parts.append((nvfp4.encode(part, chosen, scale), chosen))
+    return NvFp4Tensor(torch.cat([p for p, _ in parts]), torch.cat([s for _, s in parts]), scale)
 
 
 def _check_importance(importance: Tensor, weight: Tensor, name: str) -> Tensor:

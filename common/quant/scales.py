@@ -1,4 +1,4 @@
-"""How the block scales of a weight are chosen: plain PyTorch, the definition that the compiled quantiser is tested against.
+"""How the block scales of a weight are chosen: the PyTorch that defines the compiled quantiser.
 
 All methods keep the global scale at amax / 2688 and return E4M3 scales, so the result is an ordinary NVFP4 tensor.
 
@@ -51,9 +51,7 @@ def choose_block_scales(weight: Tensor, global_scale: Tensor, method: str, impor
     return best.masked_fill(zero, 0x38).view(torch.float8_e4m3fn)  # 0x38 is 1
 
 
-def _candidates(
-    blocks: Tensor, nearest: Tensor, global_scale: Tensor, method: str, weighted: bool
-) -> Iterator[Tensor]:
+def _candidates(blocks: Tensor, nearest: Tensor, global_scale: Tensor, method: str, weighted: bool) -> Iterator[Tensor]:
     """Yield uint8 codes ``[N, K / 16]`` to try; of equal errors the first holds."""
     codes = nearest.view(torch.uint8)
     if method == "four_over_six":

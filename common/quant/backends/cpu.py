@@ -1,4 +1,4 @@
-"""The ``cpu`` backends: packed weights in memory, decoded in registers by the kernels of `fourfold.common.quant.native`.
+"""The ``cpu`` backends: packed weights in memory, decoded in registers by compiled kernels.
 
 Up to `KERNEL_ROWS` rows of activations go through one C++ call. Larger batches decode tiles of the weight to bfloat16,
 which is exact, and use torch's own matrix product. For W4A16 the kernel takes activations as integers with a scale for

@@ -1,0 +1,91 @@
+"""vLLM's linear layers under ``fourfold_nvfp4``: parameters as the checkpoint has them, then one prepared module.
+
+A layer is prepared as soon as its last tensor is loaded, so that the whole model is never in memory unquantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import (
+    BlockQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PerTensorScaleParameter,
+)
+
+from fourfold.common.quant.layers import LayerDecision, LayerPlan
+from fourfold.common.quant.loading import LoadedLayer, parameter_specs
+
+_PARAMETERS = {
+    "weight": ModelWeightParameter,
+    "block": GroupQuantScaleParameter,
+    "fp8_block": BlockQuantScaleParameter,
+    "global": PerTensorScaleParameter,
+}
+
+
+def _largest_over_ranks(amax: Tensor) -> Tensor:
+    amax = amax.clone()
+    torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group)
+    return amax
+
+
+@register_weight_loader_v2_supported_method
+class FourfoldNvfp4LinearMethod(LinearMethodBase):
+    """Column, row, merged and QKV parallel and replicated layers; bias and tensor parallelism are vLLM's own."""
+
+    def __init__(self, plan: LayerPlan, decision: LayerDecision) -> None:
+        self.plan = plan
+        self.decision = decision
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        rank, parts = getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)
+        start = rank * input_size_per_partition if input_size != input_size_per_partition else 0
+        loaded = LoadedLayer(
+            self.plan,
+            self.decision,
+            tuple(output_partition_sizes),
+            slice(start, start + input_size_per_partition),
+            params_dtype,
+            _largest_over_ranks if parts > 1 else None,
+        )
+        if self.plan.source.block is not None:
+            layer.weight_block_size = list(self.plan.source.block)  # vLLM's loaders cut the block scales by it
+        loader = extra_weight_attrs["weight_loader"]
+        for name, kind, shape, dtype in parameter_specs(loaded, params_dtype):
+            data = torch.empty(shape, dtype=dtype)
+            place = {} if kind == "global" else {"input_dim": 1, "output_dim": 0}
+            parameter = _PARAMETERS[kind](data=data, weight_loader=self._counting(layer, loaded, name, loader), **place)
+            layer.register_parameter(name, parameter)
+        loaded.created(layer)
+        layer.fourfold_loaded = loaded
+
+    def _counting(self, layer: Any, loaded: LoadedLayer, name: str, loader: Callable[..., None]) -> Any:
+        def load(param: Any, loaded_weight: Tensor, shard: Any = None) -> None:
+            loaded.check_open(name)
+            loader(param, loaded_weight) if shard is None else loader(param, loaded_weight, shard)
+            if loaded.arrived(name, shard):
+                loaded.prepare(layer)
+
+        return load
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.fourfold_loaded.prepare(layer)  # what no loader completed: dummy weights
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return layer.fourfold(x, bias)
