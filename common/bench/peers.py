@@ -126,11 +126,11 @@ def _run(command: list[str | Path]) -> str:
 
 def _nvfp4_checkpoint(model: Path) -> Path:
     """The ModelOpt NVFP4 checkpoint of ``model``, which llama.cpp's converter reads."""
-    from fourfold.common.quant.checkpoint.convert import convert
+    from fourfold.common.quant.checkpoint.convert import Options, convert
 
     out = cache_dir() / "bench" / f"{model.name}-modelopt"
     if not out.exists():
-        convert(model, out, scales="absmax", layout="modelopt")
+        convert(model, out, Options(scales="absmax", format="modelopt"))
     return out
 
 

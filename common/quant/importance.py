@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fourfold.common.errors import FourfoldError
 
-FILE = "fourfold_importance.safetensors"
+FILE = "fourfold_importance.stats"  # safetensors inside; engines load every *.safetensors as weights
 RANDOM_SEQUENCES, RANDOM_LENGTH, RANDOM_SEED = 16, 128, 0
 
 
@@ -124,9 +124,17 @@ def save_importance(path: Path, importance: Importance) -> None:
     """Write the statistics; the file appears when it is whole."""
     tensors = {f"{name}.mean_square": t.contiguous() for name, t in importance.mean_square.items()}
     tensors |= {f"{name}.amax": t.contiguous() for name, t in importance.amax.items()}
-    part = path.with_name(path.name + ".partial")
-    save_file(tensors, part, {"fourfold": json.dumps({"origin": importance.origin})})
-    part.replace(path)
+    write_tensors(path, tensors, {"fourfold": json.dumps({"origin": importance.origin})})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that appears when it is whole, with the mode of any other new file."""
+    part = path.with_name(path.name + ".writing")
+    part.touch()  # safetensors would create it for its owner alone
+    mode = part.stat().st_mode
+    save_file(tensors, part, metadata)
+    part.chmod(mode)
+    part.rename(path)
 
 
 def load_importance(path: Path) -> Importance:

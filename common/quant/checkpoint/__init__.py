@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading any, writing NVFP4 in both vocabularies."""
