@@ -130,6 +130,12 @@ def cpu_isa() -> str | None:
 
 
 @cache
+def sglang_platform() -> str | None:
+    """The platform that ``SGLANG_PLATFORM`` names (latched)."""
+    return os.environ.get("SGLANG_PLATFORM") or None
+
+
+@cache
 def cxx() -> str | None:
     """The C++ compiler that ``CXX`` names (latched)."""
     return os.environ.get("CXX") or None

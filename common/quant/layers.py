@@ -15,7 +15,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,12 +85,13 @@ class LayerPlan:
         members = self.fused.get(last) or FUSED.get(last) or (last,)
         return tuple(f"{parent}.{member}" if parent else member for member in members)
 
-    def decide(self, prefix: str, columns: int) -> LayerDecision | None:
+    def decide(self, prefix: str, columns: int, count: bool = True) -> LayerDecision | None:
         """Decide on a linear layer.
 
         Args:
             prefix: the engine's name.
             columns: inputs of this rank's partition.
+            count: whether the layer is about to be created, and counts for the log.
 
         Returns:
             The decision, or None to keep the layer in the model's dtype (counted for the log).
@@ -99,6 +100,8 @@ class LayerPlan:
             FourfoldError: the shards of a fused layer are declared differently, or a checkpoint's layer is split over
                 ranks within a block.
         """
+        if not count:
+            return replace(self).decide(prefix, columns)
         names = self.names(prefix)
         if self.source.is_nvfp4:
             return self._decide_stored(prefix, names, columns)

@@ -1,0 +1,57 @@
+"""What fourfold registers with SGLang: the quantisation method ``fourfold_nvfp4`` and its command-line choice.
+
+`register` is the entry point of ``sglang.srt.plugins``: SGLang calls it in every process. It adds to the tables that
+SGLang keeps for plugins (no patches of functions or classes), may be called again, never raises, and logs one line:
+that it registered, or what is missing and how to fix it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+_done = False
+
+
+def register() -> bool:
+    """Register with the SGLang of this process; returns whether fourfold's methods are available."""
+    global _done
+    log = logging.getLogger("fourfold")
+    try:
+        from fourfold.common.settings import disabled
+
+        if disabled():
+            return False
+        if not _done:
+            _register()
+            log.info("fourfold: registered --quantization fourfold_nvfp4")
+            _done = True
+        return True
+    except Exception as error:
+        log.warning(
+            "fourfold is off, SGLang goes on without it: %s: %s. `fourfold doctor` shows which SGLang versions fit; "
+            "FOURFOLD_DISABLE=1 silences this",
+            type(error).__name__,
+            error,
+        )
+        return False
+
+
+def _register() -> None:
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.layers import linear, quantization
+
+    from fourfold.sglang_ext.linear import FourfoldNvfp4LinearMethod
+    from fourfold.sglang_ext.quant_config import FourfoldNvfp4Config
+
+    name = FourfoldNvfp4Config.get_name()
+    methods = quantization.QUANTIZATION_METHODS
+    if name not in methods:
+        # First: SGLang takes the first method that claims a checkpoint, and ours claims only what asks for it by name.
+        others = dict(methods)
+        methods.clear()
+        methods.update({name: FourfoldNvfp4Config, **others})
+    quantization.CPU_QUANTIZATION_METHODS[name] = FourfoldNvfp4Config
+    if name not in choices.QUANTIZATION_CHOICES:
+        choices.add_quantization_method_choices([name])
+    if FourfoldNvfp4LinearMethod.__name__ not in linear.WEIGHT_LOADER_V2_SUPPORTED:
+        linear.WEIGHT_LOADER_V2_SUPPORTED.append(FourfoldNvfp4LinearMethod.__name__)
