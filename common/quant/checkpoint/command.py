@@ -56,6 +56,5 @@ def quantize(
         typer.echo(f"kept in its dtype: {kind} ({count}): {reason}")
     if report.unseen:
         shown = ", ".join(report.unseen[:3])
-        typer.echo(
-            f"{len(report.unseen)} layers saw no calibration token and took the mean of their siblings, or none: {shown}"
-        )
+        count = len(report.unseen)
+        typer.echo(f"{count} layers saw no calibration token and took their siblings' mean, or no weighting: {shown}")

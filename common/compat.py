@@ -1,0 +1,206 @@
+"""Every attribute of an engine that fourfold touches, and the check of it.
+
+The check reads the engine's source and imports nothing, so it also runs on the unpacked wheel of a version that is not
+installed. `fourfold doctor` prints it for the installed engine; CI runs it against all versions in scope.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One attribute.
+
+    Attributes:
+        engine: vllm or sglang.
+        path: ``module:name`` or ``module:Class.member``.
+        parameters: names that a function must accept.
+        why: what fourfold does with it.
+        until: when the row goes away.
+    """
+
+    engine: str
+    path: str
+    why: str
+    parameters: tuple[str, ...] = ()
+    until: str = "official extension point; stays"
+
+
+_Q = "model_executor.layers.quantization"
+_CREATE = (
+    *("layer", "input_size_per_partition", "output_partition_sizes", "input_size", "output_size"),
+    *("params_dtype", "extra_weight_attrs"),
+)
+_LOADER = "the engine offers quantisation methods a loader without naming their class"
+
+
+def _vllm(path: str, why: str, parameters: tuple[str, ...] = (), until: str = Seam.until) -> Seam:
+    return Seam("vllm", f"vllm.{path}", why, parameters, until)
+
+
+def _sglang(path: str, why: str, parameters: tuple[str, ...] = (), until: str = Seam.until) -> Seam:
+    return Seam("sglang", f"sglang.srt.{path}", why, parameters, until)
+
+
+SEAMS: tuple[Seam, ...] = (
+    _vllm(f"{_Q}:register_quantization_config", "registers --quantization fourfold_nvfp4", ("quantization",)),
+    _vllm(f"{_Q}.base_config:QuantizationConfig.get_quant_method", "gives layers their method", ("layer", "prefix")),
+    _vllm(
+        f"{_Q}.base_config:QuantizationConfig.override_quantization_method",
+        "lets the flag serve checkpoints of other methods",
+        ("hf_quant_cfg", "user_quant", "hf_config"),
+    ),
+    _vllm(f"{_Q}.base_config:QuantizationConfig.apply_vllm_mapper", "renames ignored layers", ("hf_to_vllm_mapper",)),
+    _vllm(f"{_Q}.base_config:QuantizeMethodBase.process_weights_after_loading", "finishes dummy weights", ("layer",)),
+    _vllm("model_executor.layers.linear:LinearMethodBase.create_weights", "creates parameters", _CREATE),
+    _vllm("model_executor.layers.linear:LinearMethodBase.apply", "multiplies", ("layer", "x", "bias")),
+    _vllm("model_executor.layers.linear:LinearBase", "recognises linear layers; tp_rank and tp_size of a layer"),
+    _vllm("model_executor.layers.linear:UnquantizedLinearMethod", "keeps a layer in its dtype"),
+    _vllm(
+        "model_executor.layers.linear:register_weight_loader_v2_supported_method",
+        "asks for the loader that knows parameter classes",
+        ("cls",),
+        _LOADER,
+    ),
+    _vllm("model_executor.parameter:ModelWeightParameter", "weights"),
+    _vllm("model_executor.parameter:GroupQuantScaleParameter", "block scales"),
+    _vllm("model_executor.parameter:BlockQuantScaleParameter", "FP8 block scales"),
+    _vllm("model_executor.parameter:PerTensorScaleParameter", "global scales, one a shard"),
+    _vllm("distributed.parallel_state:get_tp_group", "largest magnitude over the ranks"),
+    _vllm("distributed.parallel_state:GroupCoordinator.device_group", "largest magnitude over the ranks"),
+    _vllm("config:get_current_vllm_config", "model path and --additional-config"),
+    _vllm("config.vllm:VllmConfig.additional_config", "fourfold's settings"),
+    _vllm("config.model:ModelConfig.model", "where statistics may lie"),
+    _sglang("arg_groups.choices:QUANTIZATION_CHOICES", "whether the choice is there already"),
+    _sglang("arg_groups.choices:add_quantization_method_choices", "adds the choice fourfold_nvfp4"),
+    _sglang(
+        "layers.quantization:QUANTIZATION_METHODS",
+        "registers the method, first",
+        until="SGLang has a register function for quantisation methods",
+    ),
+    _sglang(
+        "layers.quantization:CPU_QUANTIZATION_METHODS",
+        "registers the method for processors with AMX",
+        until="SGLang has a register function for quantisation methods",
+    ),
+    _sglang(
+        "layers.quantization.base_config:QuantizationConfig.get_quant_method",
+        "gives layers their method",
+        ("layer", "prefix"),
+    ),
+    _sglang(
+        "layers.quantization.base_config:QuantizationConfig.override_quantization_method",
+        "lets the flag serve checkpoints of other methods",
+        ("hf_quant_cfg", "user_quant"),
+    ),
+    _sglang(
+        "layers.quantization.base_config:QuantizationConfig.apply_weight_name_mapper",
+        "renames ignored layers",
+        ("hf_to_sglang_mapper",),
+    ),
+    _sglang(
+        "layers.quantization.base_config:QuantizationConfig.is_linear_unquantized",
+        "answers without creating a layer",
+        ("prefix",),
+    ),
+    _sglang("layers.quantization.base_config:LinearMethodBase.create_weights", "creates parameters", _CREATE),
+    _sglang("layers.quantization.base_config:LinearMethodBase.apply", "multiplies", ("layer", "x", "bias")),
+    _sglang("layers.quantization.unquant:UnquantizedLinearMethod", "keeps a layer in its dtype"),
+    _sglang("layers.linear:LinearBase.tp_group", "recognises linear layers; their rank"),
+    _sglang(
+        "layers.linear:WEIGHT_LOADER_V2_SUPPORTED", "asks for the loader that knows parameter classes", until=_LOADER
+    ),
+    _sglang("layers.parameter:ModelWeightParameter", "weights"),
+    _sglang("layers.parameter:GroupQuantScaleParameter", "block scales"),
+    _sglang("layers.parameter:BlockQuantScaleParameter", "FP8 block scales"),
+    _sglang("layers.parameter:PerTensorScaleParameter", "global scales, one a shard"),
+    _sglang("distributed.utils:get_group_rank_size", "rank of a layer", ("group",)),
+    _sglang("runtime_context:get_server_args", "where statistics may lie"),
+    _sglang("platforms.cpu:CpuDeviceMixin", "the CPU reference platform"),
+    _sglang("platforms.interface:SRTPlatform.apply_server_args_defaults", "its defaults", ("server_args",)),
+    _sglang("platforms.interface:SRTPlatform.get_default_attention_backend", "its attention"),
+    _sglang("platforms.interface:PlatformCapabilities", "says that it has no Triton and no graphs"),
+    _sglang("platforms.device_mixin:PlatformEnum.OOT", "marks it as out of tree"),
+)
+
+
+def source_root(engine: str) -> Path | None:
+    """The folder that holds the installed engine's package, found without importing it; None where there is none."""
+    spec = importlib.util.find_spec(engine)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))).parent
+
+
+def check(engine: str, root: Path) -> dict[Seam, str]:
+    """Return the seams of ``engine`` that its source below ``root`` lacks, each with what was found."""
+    problems: dict[Seam, str] = {}
+    for seam in SEAMS:
+        if seam.engine == engine:
+            problem = _problem(seam, root)
+            if problem is not None:
+                problems[seam] = problem
+    return problems
+
+
+def _problem(seam: Seam, root: Path) -> str | None:
+    module, _, name = seam.path.partition(":")
+    base = root / Path(*module.split("."))
+    file = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
+    if not file.is_file():
+        return f"module {module} is not there"
+    owner, _, member = name.partition(".")
+    found = _definitions(_parse(file)).get(owner)
+    if found is None:
+        return f"{module} does not define {owner}"
+    if member:
+        if not isinstance(found, ast.ClassDef):
+            return f"{owner} is not a class"
+        found = _definitions(found).get(member) or _assigned_on_self(found, member)
+        if found is None:
+            return f"{owner} has no {member}"
+    if seam.parameters:
+        if not isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef):
+            return f"{name} is not a function"
+        arguments = found.args
+        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+        accepted = {argument.arg for argument in every if argument is not None}
+        missing = [parameter for parameter in seam.parameters if parameter not in accepted]
+        if missing:
+            return f"{name} does not take {', '.join(missing)}"
+    return None
+
+
+@cache
+def _parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _definitions(node: ast.AST) -> dict[str, ast.AST]:
+    """What the body of a module or class defines by statement, imports included, also under if and try."""
+    found: dict[str, ast.AST] = {}
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found[child.name] = child
+        elif isinstance(child, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0]: child for alias in child.names}
+        elif isinstance(child, ast.Assign | ast.AnnAssign):
+            targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+            found |= {target.id: child for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(child, ast.If | ast.Try | ast.With):
+            found |= _definitions(child)
+    return found
+
+
+def _assigned_on_self(owner: ast.ClassDef, name: str) -> ast.AST | None:
+    for node in ast.walk(owner):
+        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == name
+        if stored and isinstance(node.value, ast.Name) and node.value.id == "self":
+            return node
+    return None
