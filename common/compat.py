@@ -200,7 +200,7 @@ def _definitions(node: ast.AST) -> dict[str, ast.AST]:
 
 def _assigned_on_self(owner: ast.ClassDef, name: str) -> ast.AST | None:
     for node in ast.walk(owner):
-        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == name
-        if stored and isinstance(node.value, ast.Name) and node.value.id == "self":
-            return node
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == name:
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                return node
     return None

@@ -43,20 +43,20 @@ class QuantSettings(_Strict):
     """Options of ``--quantization fourfold_nvfp4``."""
 
     scales: ScaleMethod = Field(
-        "sweep", description="how block scales are chosen when weights are quantised while loading"
+        default="sweep", description="how block scales are chosen when weights are quantised while loading"
     )
     scheme: SchemeName = Field(
-        "auto",
+        default="auto",
         description="w4a16: NVFP4 weights; w4a4: activations too; auto: what the checkpoint declares, else w4a16",
     )
     importance: str = Field(
-        "auto",
+        default="auto",
         description="statistics file that weights the scale search; auto: one beside the model; none: unweighted",
     )
     ignore: list[str] = Field(
         default_factory=list, description="regular expressions; a layer whose name contains a match keeps its dtype"
     )
-    backend: str = Field("auto", description="auto, cpu, cpu_int16 or reference")
+    backend: str = Field(default="auto", description="auto, cpu, cpu_int16 or reference")
 
     @field_validator("ignore")
     @classmethod

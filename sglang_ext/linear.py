@@ -47,8 +47,8 @@ class FourfoldNvfp4LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        group = getattr(layer, "tp_group", None)
-        rank, parts = (0, 1) if group is None else get_group_rank_size(group)
+        group: Any = getattr(layer, "tp_group", None)
+        rank, parts = get_group_rank_size(group)
         start = rank * input_size_per_partition if input_size != input_size_per_partition else 0
 
         def largest_over_ranks(amax: Tensor) -> Tensor:

@@ -92,8 +92,6 @@ class Environment:
             shutil.rmtree(self.path, ignore_errors=True)
             run([sys.executable, "-m", "venv", self.path])
 
-        if sys.version_info < (3, 10):
-            raise SetupFailed(f"Python {sys.version.split()[0]} is too old, 3.10 or newer is needed")
         self.step("venv", sys.version, action)
         self.pip("pip", ["install", "-q", "--upgrade", "pip"])
 

