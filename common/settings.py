@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fourfold.common.errors import FourfoldError
 
+METHOD = "fourfold_nvfp4"  # the engines' name of the quantisation method
+
 ScaleMethod = Literal["sweep", "four_over_six", "absmax"]
 SchemeName = Literal["auto", "w4a16", "w4a4"]
 SCALE_METHODS: tuple[str, ...] = get_args(ScaleMethod)

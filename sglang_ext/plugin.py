@@ -40,7 +40,6 @@ def _register() -> None:
     from sglang.srt.arg_groups import choices
     from sglang.srt.layers import linear, quantization
 
-    from fourfold.sglang_ext.linear import FourfoldNvfp4LinearMethod
     from fourfold.sglang_ext.quant_config import FourfoldNvfp4Config
 
     name = FourfoldNvfp4Config.get_name()
@@ -53,5 +52,5 @@ def _register() -> None:
     quantization.CPU_QUANTIZATION_METHODS[name] = FourfoldNvfp4Config
     if name not in choices.QUANTIZATION_CHOICES:
         choices.add_quantization_method_choices([name])
-    if FourfoldNvfp4LinearMethod.__name__ not in linear.WEIGHT_LOADER_V2_SUPPORTED:
-        linear.WEIGHT_LOADER_V2_SUPPORTED.append(FourfoldNvfp4LinearMethod.__name__)
+    if "FourfoldNvfp4LinearMethod" not in linear.WEIGHT_LOADER_V2_SUPPORTED:
+        linear.WEIGHT_LOADER_V2_SUPPORTED.append("FourfoldNvfp4LinearMethod")

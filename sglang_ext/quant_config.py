@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from fourfold.common.quant.nvfp4 import BLOCK
-from fourfold.common.quant.plan import plan_for
-from fourfold.common.quant.source import METHOD
-from fourfold.common.settings import settings_from_env
+from fourfold.common.settings import METHOD
 
 if TYPE_CHECKING:
     from sglang.srt.models.utils import WeightsMapper
@@ -61,6 +58,9 @@ class FourfoldNvfp4Config(QuantizationConfig):
         if self._plan is None:
             from sglang.srt.runtime_context import get_server_args
 
+            from fourfold.common.quant.plan import plan_for
+            from fourfold.common.settings import settings_from_env
+
             model = get_server_args().model_path
             plan = plan_for(model, self.config, settings_from_env().quant, self.packed_modules_mapping)
             if self.mapper is not None:
@@ -81,6 +81,8 @@ class FourfoldNvfp4Config(QuantizationConfig):
         return None
 
     def is_linear_unquantized(self, prefix: str) -> bool:
+        from fourfold.common.quant.nvfp4 import BLOCK
+
         return self.plan.decide(prefix, BLOCK, count=False) is None
 
     def get_scaled_act_names(self) -> list[str]:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from fourfold.common.quant.plan import plan_for
-from fourfold.common.quant.source import METHOD
-from fourfold.common.settings import parse_settings
+from fourfold.common.settings import METHOD
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -64,6 +60,11 @@ class FourfoldNvfp4Config(QuantizationConfig):
     def plan(self) -> LayerPlan:
         """The plan of the model that is being built."""
         if self._plan is None:
+            from vllm.config import get_current_vllm_config
+
+            from fourfold.common.quant.plan import plan_for
+            from fourfold.common.settings import parse_settings
+
             vllm_config = get_current_vllm_config()
             extra: Any = vllm_config.additional_config
             options = extra.get("fourfold", {}) if isinstance(extra, dict) else {}
@@ -75,6 +76,8 @@ class FourfoldNvfp4Config(QuantizationConfig):
         return self._plan
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
         from fourfold.vllm_ext.linear import FourfoldNvfp4LinearMethod
 
         if isinstance(layer, LinearBase):

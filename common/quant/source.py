@@ -17,8 +17,7 @@ from typing import Any
 from fourfold.common.errors import FourfoldError
 from fourfold.common.quant.backends.base import Scheme
 from fourfold.common.quant.nvfp4 import BLOCK
-
-METHOD = "fourfold_nvfp4"
+from fourfold.common.settings import METHOD
 
 
 class Layout(str, Enum):

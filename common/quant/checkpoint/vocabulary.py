@@ -17,7 +17,8 @@ from fourfold.common.quant.backends.base import Scheme
 from fourfold.common.quant.checkpoint.reader import Checkpoint
 from fourfold.common.quant.loading import from_nvfp4
 from fourfold.common.quant.nvfp4 import BLOCK, NvFp4Tensor
-from fourfold.common.quant.source import METHOD, Layout
+from fourfold.common.quant.source import Layout
+from fourfold.common.settings import METHOD
 
 # --format: the vocabulary of the tensors, and quant_method.
 FORMATS = {
