@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
-from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from fourfold.common.errors import FourfoldError
 

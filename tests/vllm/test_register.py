@@ -40,7 +40,7 @@ def test_registers_once() -> None:
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        ("import sys; sys.modules['vllm'] = None\n", "import of vllm halted"),
+        ("import sys; sys.modules['vllm'] = None\n", "import of vllm"),
         (
             "import vllm.model_executor.layers.quantization as q; del q.register_quantization_config\n",
             "cannot import name 'register_quantization_config'",
@@ -54,7 +54,9 @@ def test_registers_once() -> None:
 )
 def test_a_missing_engine_or_seam_is_one_line_a_call(prepare: str, words: str) -> None:
     found = outcome(prepare)
-    assert found.startswith("RESULT [False, False] 2 ['fourfold is off, vLLM goes on without it: ")
+    assert (
+        found.startswith("RESULT [False, False] 2 [") and found.count("fourfold is off, vLLM goes on without it") == 2
+    )
     assert words in found and "`fourfold doctor` shows which vLLM versions fit" in found
 
 

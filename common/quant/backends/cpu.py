@@ -172,11 +172,11 @@ class CpuLinear(PreparedLinear):
         self.register_buffer("input_scales", None if scales is None else scales.float().contiguous())
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        rows = x if x.dim() == 2 else x.reshape(x.numel() // x.shape[-1], x.shape[-1])
         out = torch.ops.fourfold.nvfp4_linear(
             rows, self.packed, self.row_scales, bias, self.input_scales, self.shard_rows, self.mode
         )
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.row_scales.shape[0])
 
 
 class CpuBackend(Backend):

@@ -28,7 +28,7 @@ class ReferenceLinear(PreparedLinear):
         self.register_buffer("input_scales", linear.input_scales)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
         if self.scheme is Scheme.W4A16:
             out = rows.float() @ self.weight.float().t()
         elif self.input_scales is None:
@@ -44,7 +44,7 @@ class ReferenceLinear(PreparedLinear):
         out = out * self.row_scales
         if bias is not None:
             out = out + bias.float()
-        return out.to(x.dtype).view(*x.shape[:-1], -1)
+        return out.to(x.dtype).view(*x.shape[:-1], self.row_scales.shape[0])
 
 
 class ReferenceBackend(Backend):

@@ -43,7 +43,7 @@ def quantize(
     options = Options(scales, importance, calibration, format, Scheme(scheme), tuple(ignore or ()))
     console = Console(stderr=True)
     columns = TextColumn("{task.percentage:>3.0f}%"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         job = progress.add_task("reading", total=1.0)
         report = convert(model, out, options, lambda text, done: progress.update(job, description=text, completed=done))
     ratio = report.bytes_before / report.bytes_after
