@@ -160,13 +160,13 @@ def saved(engine: str) -> list[Answer]:
 
 
 def check_between(first: list[Answer], second: list[Answer], model: Any) -> None:
-    """Two engines' answers are the same up to a near-tie, and most are the same to the end."""
-    same = 0
+    """Two engines' answers are the same up to a near-tie, where the rest may well differ."""
+    agreed_tokens = 0
     for one, other in zip(first, second, strict=True):
         assert one.prompt == other.prompt
         pairs = list(zip(one.tokens, other.tokens, strict=True))
         at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        same += at == len(pairs)
+        agreed_tokens += at
         agreed = torch.tensor(one.logprobs[:at]) - torch.tensor(other.logprobs[:at])
         assert not at or float(agreed.abs().max()) < WORST
         if at < len(pairs):
@@ -174,7 +174,7 @@ def check_between(first: list[Answer], second: list[Answer], model: Any) -> None
                 logits = model(torch.tensor([one.prompt + one.tokens[:at]])).logits[0, -1].log_softmax(-1)
             gap = float((logits[one.tokens[at]] - logits[other.tokens[at]]).abs())
             assert gap < NEAR_TIE, f"token {at} of {one.prompt}: the candidates are {gap:.3f} nats apart"
-    assert same >= len(first) // 2, f"only {same} of {len(first)} answers are the same to the end"
+    assert agreed_tokens > 16 * len(first), f"{agreed_tokens} tokens agree over {len(first)} answers"
 
 
 def fourfold_lines(server: EngineServer) -> list[str]:

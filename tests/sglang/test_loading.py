@@ -133,7 +133,7 @@ atexit.register(after)
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        ("import sys; sys.modules['sglang'] = None\n", "import of sglang"),
+        ("import sys; sys.modules['sglang'] = None\n", "is not a package"),
         (
             "from sglang.srt.layers import quantization as q; del q.QUANTIZATION_METHODS\n",
             "has no attribute 'QUANTIZATION_METHODS'",

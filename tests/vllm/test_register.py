@@ -40,7 +40,7 @@ def test_registers_once() -> None:
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        ("import sys; sys.modules['vllm'] = None\n", "import of vllm"),
+        ("import sys; sys.modules['vllm'] = None\n", "is not a package"),
         (
             "import vllm.model_executor.layers.quantization as q; del q.register_quantization_config\n",
             "cannot import name 'register_quantization_config'",
