@@ -187,7 +187,12 @@ def engine(
         if llama_cpp is not None:
             for kind in peers.LLAMA_KINDS:
                 status.update(f"llama.cpp {kind}")
-                for size, speed in peers.llama_cpp_speed(llama_cpp, path, kind, batches, tokens).items():
+                try:
+                    speeds = peers.llama_cpp_speed(llama_cpp, path, kind, batches, tokens)
+                except FourfoldError as error:  # the rows above took minutes and are not lost
+                    skipped.append(f"llama.cpp {kind}: {error}")
+                    continue
+                for size, speed in speeds.items():
                     base = next(row for row in rows if row.batch == size)
                     ratio = speed / base.tokens_per_second
                     rows.append(Row(f"llama.cpp {kind}", size, speed, speed, speed, ratio, None))
