@@ -5,7 +5,6 @@ A layer is prepared as soon as its last tensor is loaded, so that the whole mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from torch import Tensor
 
 from fourfold.common.quant.layers import LayerDecision, LayerPlan
-from fourfold.common.quant.loading import LoadedLayer, parameter_specs
+from fourfold.common.quant.loading import LoadedLayer
 
 _PARAMETERS = {
     "weight": ModelWeightParameter,
@@ -64,25 +63,7 @@ class FourfoldNvfp4LinearMethod(LinearMethodBase):
             params_dtype,
             largest_over_ranks if parts > 1 else None,
         )
-        if self.plan.source.block is not None:
-            layer.weight_block_size = list(self.plan.source.block)  # SGLang's loaders cut the block scales by it
-        loader = extra_weight_attrs["weight_loader"]
-        for name, kind, shape, dtype in parameter_specs(loaded, params_dtype):
-            data = torch.empty(shape, dtype=dtype)
-            place = {} if kind == "global" else {"input_dim": 1, "output_dim": 0}
-            parameter = _PARAMETERS[kind](data=data, weight_loader=self._counting(layer, loaded, name, loader), **place)
-            layer.register_parameter(name, parameter)
-        loaded.created(layer)
-        layer.fourfold_loaded = loaded
-
-    def _counting(self, layer: Any, loaded: LoadedLayer, name: str, loader: Callable[..., None]) -> Any:
-        def load(param: Any, loaded_weight: Tensor, shard: Any = None) -> None:
-            loaded.check_open(name)
-            loader(param, loaded_weight) if shard is None else loader(param, loaded_weight, shard)
-            if loaded.arrived(name, shard):
-                loaded.prepare(layer)
-
-        return load
+        loaded.create(layer, _PARAMETERS, extra_weight_attrs["weight_loader"])
 
     def process_weights_after_loading(self, layer: Any) -> None:
         layer.fourfold_loaded.prepare(layer)  # what no loader completed: dummy weights

@@ -4,10 +4,10 @@ An engine binding does, for each model it loads:
 
 1. ``plan = plan_for(model, config, settings, fused)`` (`fourfold.common.quant.plan`).
 2. For each linear layer, before its weights exist: ``plan.decide(prefix, columns)``. None means: keep the layer in the
-   model's dtype. Otherwise a `LayerDecision`, with which it creates a `fourfold.common.quant.loading.LoadedLayer`, the
-   parameters of `parameter_specs`, and reports what its loader brings.
-3. ``LoadedLayer.prepare(layer)`` turns the parameters into ``layer.fourfold``, and ``layer.fourfold(x, bias)`` is the
-   layer. When the last expected layer is prepared, the plan logs one line for each backend in use.
+   model's dtype. Otherwise a `LayerDecision`, with which it creates a `LoadedLayer` (`fourfold.common.quant.loading`),
+   whose ``create`` makes the parameters that the checkpoint has.
+3. When the last of them is loaded, they turn into ``layer.fourfold``, and ``layer.fourfold(x, bias)`` is the layer.
+   When the last expected layer is prepared, the plan logs one line for each backend in use.
 """
 
 from __future__ import annotations

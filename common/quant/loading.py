@@ -7,7 +7,7 @@ parallelism the global scales, hence the codes, are those of the whole matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -56,28 +56,45 @@ class LoadedLayer:
     _arrived: dict[str, set[Any]] = field(default_factory=dict)
     _done: bool = False
 
-    def created(self, layer: Any) -> None:
-        """The engine has created the parameters on ``layer``; mark those of an NVFP4 checkpoint as not loaded."""
-        self._arrived = {spec.name: set() for spec in parameter_specs(self, self.dtype)}
-        for spec in parameter_specs(self, self.dtype):
-            if spec.kind in ("block", "global"):
-                data = getattr(layer, spec.name).data
-                (data.view(torch.uint8).fill_(0x7F) if spec.kind == "block" else data.fill_(torch.nan))
+    def create(self, layer: Any, classes: Mapping[str, Callable[..., Any]], loader: Callable[..., None]) -> None:
+        """Create the parameters on ``layer``; those of an NVFP4 checkpoint are NaN until they are loaded.
+
+        Args:
+            layer: the engine's layer.
+            classes: the engine's parameter class for each kind of `ParameterSpec`.
+            loader: the layer's own weight loader, called for each tensor that arrives.
+        """
+        if self.plan.source.block is not None:
+            layer.weight_block_size = list(self.plan.source.block)  # the engines' loaders cut block scales by it
+        for name, kind, shape, dtype in parameter_specs(self, self.dtype):
+            data = torch.empty(shape, dtype=dtype)
+            if kind == "block":
+                data.view(torch.uint8).fill_(0x7F)
+            elif kind == "global":
+                data.fill_(torch.nan)
+            place = {} if kind == "global" else {"input_dim": 1, "output_dim": 0}
+            parameter = classes[kind](data=data, weight_loader=self._counting(layer, name, loader), **place)
+            layer.register_parameter(name, parameter)
+            self._arrived[name] = set()
+        layer.fourfold_loaded = self
         self.plan.expect(layer)
 
-    def check_open(self, name: str) -> None:
-        """Raise where a tensor comes after the layer was prepared: it would be lost."""
-        if self._done:
-            raise FourfoldError(
-                f"{self.decision.prefix}.{name} is loaded a second time, after the layer was quantised; "
-                "start the engine again to load other weights"
-            )
+    def _counting(self, layer: Any, name: str, loader: Callable[..., None]) -> Callable[..., None]:
+        """The engine's ``loader``, which prepares the layer when its last tensor is there."""
 
-    def arrived(self, name: str, shard: Any = None) -> bool:
-        """Note that ``name`` (a ``shard`` of it, several, or None: all) is loaded; returns whether all are."""
-        self._arrived[name].update(shard if isinstance(shard, tuple) else (shard,))
-        self.plan.loading = True
-        return not self._missing()
+        def load(param: Any, loaded_weight: Tensor, shard: Any = None) -> None:
+            if self._done:
+                raise FourfoldError(
+                    f"{self.decision.prefix}.{name} is loaded a second time, after the layer was quantised; "
+                    "start the engine again to load other weights"
+                )
+            loader(param, loaded_weight) if shard is None else loader(param, loaded_weight, shard)
+            self._arrived[name].update(shard if isinstance(shard, tuple) else (shard,))
+            self.plan.loading = True
+            if not self._missing():
+                self.prepare(layer)
+
+        return load
 
     def _missing(self) -> list[str]:
         wanted = len(self.shard_rows)
