@@ -20,7 +20,7 @@ from fourfold.common.quant.backends.base import Scheme
 from fourfold.common.quant.layers import LayerDecision, LayerPlan
 from fourfold.common.quant.linear import NvFp4Linear
 from fourfold.common.quant.nvfp4 import BLOCK
-from fourfold.common.quant.source import Layout
+from fourfold.common.quant.source import NVFP4_KEYS, Layout
 
 ReduceMax = Callable[[Tensor], Tensor]
 
@@ -120,16 +120,12 @@ class LoadedLayer:
 
     def _build(self, tensors: dict[str, Tensor]) -> NvFp4Linear:
         source, name = self.plan.source, self.decision.prefix
-        if source.layout is Layout.COMPRESSED_TENSORS:
-            keys = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
-        elif source.layout is Layout.MODELOPT:
-            keys = ("weight", "weight_scale", "weight_scale_2", "input_scale")
-        else:
+        if not source.is_nvfp4:
             weight = tensors["weight"]
             if source.block is not None:
                 weight = _dequantize(weight, tensors["weight_scale_inv"], self.shard_rows, source.block, name)
             return self._quantize(weight.split(self.shard_rows))
-        found = [tensors.get(key) for key in keys]
+        found = [tensors.get(key) for key in NVFP4_KEYS[source.layout]]
         assert found[0] is not None and found[1] is not None and found[2] is not None
         return from_nvfp4(source.layout, found[0], found[1], found[2], found[3], self.shard_rows, name)
 
@@ -154,12 +150,12 @@ def parameter_specs(layer: LoadedLayer, dtype: torch.dtype) -> Iterator[Paramete
         yield ParameterSpec("weight", "weight", (rows, columns), torch.float8_e4m3fn)
         yield ParameterSpec("weight_scale_inv", "fp8_block", blocks, torch.float32)
     else:
-        modelopt = source.layout is Layout.MODELOPT
-        yield ParameterSpec("weight" if modelopt else "weight_packed", "weight", (rows, columns // 2), torch.uint8)
-        yield ParameterSpec("weight_scale", "block", (rows, columns // BLOCK), torch.float8_e4m3fn)
-        yield ParameterSpec("weight_scale_2" if modelopt else "weight_global_scale", "global", (shards,), torch.float32)
+        packed, block_scales, weight_global, input_global = NVFP4_KEYS[source.layout]
+        yield ParameterSpec(packed, "weight", (rows, columns // 2), torch.uint8)
+        yield ParameterSpec(block_scales, "block", (rows, columns // BLOCK), torch.float8_e4m3fn)
+        yield ParameterSpec(weight_global, "global", (shards,), torch.float32)
         if layer.decision.declared is Scheme.W4A4:
-            yield ParameterSpec("input_scale" if modelopt else "input_global_scale", "global", (shards,), torch.float32)
+            yield ParameterSpec(input_global, "global", (shards,), torch.float32)
 
 
 def _dequantize(weight: Tensor, scales: Tensor, shard_rows: Sequence[int], block: tuple[int, int], name: str) -> Tensor:

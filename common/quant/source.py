@@ -29,6 +29,13 @@ class Layout(str, Enum):
     MODELOPT = "modelopt"  # weight uint8, weight_scale, weight_scale_2 (multiplies)
 
 
+# Tensors of an NVFP4 layer: codes, block scales, global scale of the weight, global scale of the activations.
+NVFP4_KEYS = {
+    Layout.COMPRESSED_TENSORS: ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
+    Layout.MODELOPT: ("weight", "weight_scale", "weight_scale_2", "input_scale"),
+}
+
+
 @dataclass(frozen=True)
 class Group:
     """Layers of an NVFP4 checkpoint that share a scheme; ``targets`` as compressed-tensors writes them."""

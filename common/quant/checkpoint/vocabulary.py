@@ -17,7 +17,7 @@ from fourfold.common.quant.backends.base import Scheme
 from fourfold.common.quant.checkpoint.reader import Checkpoint
 from fourfold.common.quant.loading import from_nvfp4
 from fourfold.common.quant.nvfp4 import BLOCK, NvFp4Tensor
-from fourfold.common.quant.source import Layout
+from fourfold.common.quant.source import NVFP4_KEYS, Layout
 from fourfold.common.settings import METHOD
 
 # --format: the vocabulary of the tensors, and quant_method.
@@ -55,9 +55,7 @@ def read_layer(checkpoint: Checkpoint, name: str, layout: Layout) -> tuple[NvFp4
     Raises:
         FourfoldError: a tensor is missing or damaged.
     """
-    keys = ("weight", "weight_scale", "weight_scale_2", "input_scale")
-    if layout is Layout.COMPRESSED_TENSORS:
-        keys = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+    keys = NVFP4_KEYS[layout]
     packed, scales, weight_global = (checkpoint.tensor(f"{name}.{key}") for key in keys[:3])
     stored = f"{name}.{keys[3]}"
     inputs = checkpoint.tensor(stored).reshape(1) if stored in checkpoint.entries else None
