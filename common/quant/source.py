@@ -7,14 +7,13 @@ the keys of either vocabulary means that vocabulary; alone it asks for quantisat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from fnmatch import fnmatchcase
 from typing import Any
 
 from fourfold.common.errors import FourfoldError
+from fourfold.common.layer_names import matches
 from fourfold.common.quant.backends.base import Scheme
 from fourfold.common.quant.nvfp4 import BLOCK
 from fourfold.common.settings import METHOD
@@ -68,14 +67,14 @@ class Source:
     def ignores(self, name: str) -> bool:
         """Whether the checkpoint stores the layer ``name`` in the model's dtype."""
         subtree = self.layout is not Layout.COMPRESSED_TENSORS
-        return any(_matches(name, pattern, subtree) for pattern in self.ignore)
+        return any(matches(name, pattern, subtree) for pattern in self.ignore)
 
     def scheme_of(self, name: str) -> Scheme | None:
         """The scheme that an NVFP4 checkpoint declares for the layer ``name``; None where it is not quantised."""
         if self.ignores(name):
             return None
         for group in self.groups:
-            if any(target == "Linear" or _matches(name, target, subtree=False) for target in group.targets):
+            if any(target == "Linear" or matches(name, target, subtree=False) for target in group.targets):
                 return group.scheme
         return None
 
@@ -168,12 +167,3 @@ def _read_fp8(config: Mapping[str, Any]) -> Source:
         )
     ignore = _names(config, "modules_to_not_convert", "ignored_layers")
     return Source(Layout.FP8_BLOCK, ignore=ignore, block=(block[0], block[1]))
-
-
-def _matches(name: str, pattern: str, subtree: bool) -> bool:
-    """Match a layer name: exact, ``re:`` from the start, glob; with ``subtree`` also any run of its components."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    if name == pattern or (any(c in pattern for c in "*?[") and fnmatchcase(name, pattern)):
-        return True
-    return subtree and f".{pattern}." in f".{name}."

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.quant.checkpoint.reader import FLOATS, FP8, Checkpoint
+from fourfold.common.quant.checkpoint.reader import Checkpoint
 from fourfold.common.quant.importance import Collector, Importance, random_tokens
+from fourfold.common.tensor_index import FLOATS, FP8
 
 TEXT_TOKENS, TEXT_LENGTH = 4096, 512
 Note = Callable[[str], None]

@@ -25,12 +25,13 @@ from fourfold.common.quant import nvfp4
 from fourfold.common.quant.backends.base import Scheme
 from fourfold.common.quant.checkpoint import calibrate, vocabulary
 from fourfold.common.quant.checkpoint.layers import Choice, choose, fused_with
-from fourfold.common.quant.checkpoint.reader import FP8, INDEX, Checkpoint, read_header, read_json
+from fourfold.common.quant.checkpoint.reader import Checkpoint
 from fourfold.common.quant.importance import FILE, Importance, load_importance, save_importance, write_tensors
 from fourfold.common.quant.plan import MODELOPT_FILE
 from fourfold.common.quant.quantizer import quantize_weight
 from fourfold.common.quant.source import Layout, Source, read_source
 from fourfold.common.settings import SCALE_METHODS
+from fourfold.common.tensor_index import FP8, INDEX, read_header, read_json
 
 STATE = "fourfold_state.json"
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".stats"}

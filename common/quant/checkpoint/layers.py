@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.quant.checkpoint.reader import FLOATS, FP8, Checkpoint
+from fourfold.common.quant.checkpoint.reader import Checkpoint
 from fourfold.common.quant.layers import FUSED, ROUTERS
 from fourfold.common.quant.nvfp4 import BLOCK
 from fourfold.common.quant.source import Source
+from fourfold.common.tensor_index import FLOATS, FP8
 
 _KEPT = (
     (re.compile(r"(^|\.)(embed|wte|wpe|tok_embeddings|word_embeddings)\w*$"), "an embedding"),
