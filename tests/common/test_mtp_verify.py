@@ -1,8 +1,8 @@
 """Verification is lossless: the law of the output is computed exactly, over every draft and every cell of uniforms.
 
 The functions are constant between the thresholds of the acceptance tests and the steps of the distribution functions,
-so one point in each cell, weighted by its volume, integrates them. The thresholds come from the published formulas,
-written here a second time in plain Python; were they wrong, the sums would not be the target's distribution.
+so the two extreme corners of each cell, weighted by its volume, integrate them. The thresholds come from the published
+formulas, written here a second time in plain Python; were they wrong, the sums would not be the target's distribution.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def thresholds(method: str, p: Table, q_rows: list[list[float]], path: tuple[int
 
 
 def cuts(values: list[float]) -> list[tuple[float, float]]:
-    """The cells between the values in [0, 1]: (middle, length)."""
+    """The cells between the values in [0, 1]."""
     edges = sorted({0.0, 1.0, *(min(1.0, value) for value in values)})
-    return [((a + b) / 2, b - a) for a, b in itertools.pairwise(edges) if b - a > 1e-13]
+    return [(a, b) for a, b in itertools.pairwise(edges) if b - a > 1e-11]
 
 
 def enumerate_law(
@@ -97,13 +97,13 @@ def enumerate_law(
         q_rows = [[float(w == x) for w in range(words)] if one_hot else q[path[:i]] for i, x in enumerate(path)]
         accept, excess = thresholds(method, p, q_rows, path)
         steps = [c / sum(row) for row in excess.values() if sum(row) > 1e-12 for c in itertools.accumulate(row)]
-        axes = [cuts([value]) for value in accept] + [[(0.5, 1.0)]] * (k - len(path)) + [cuts(steps)]
-        for cell in itertools.product(*axes):
+        axes = [cuts([value]) for value in accept] + [[(0.0, 1.0)]] * (k - len(path)) + [cuts(steps)]
+        for cell, corner in itertools.product(itertools.product(*axes), (1e-4, 1 - 1e-4)):
             targets.append([p[path[:i]] for i in range(len(path) + 1)] + [p[()]] * (k - len(path)))
             draft.append([*path, *[-1] * (k - len(path))])
             proposals.append(q_rows + [p[()]] * (k - len(path)))
-            uniforms.append([middle for middle, _ in cell])
-            weights.append(probability * math.prod(length for _, length in cell))
+            uniforms.append([low + corner * (high - low) for low, high in cell])
+            weights.append(probability * math.prod(high - low for low, high in cell) / 2)
     arguments = (
         torch.tensor(targets, dtype=torch.float64),
         torch.tensor(draft),
