@@ -13,6 +13,7 @@ from fourfold.common.bench.quality import quality
 from fourfold.common.bench.quantize import quantize as bench_quantize
 from fourfold.common.doctor import doctor
 from fourfold.common.errors import FourfoldError
+from fourfold.common.mtp.command import mtp_app
 from fourfold.common.quant.checkpoint.command import quantize
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -20,6 +21,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure, as ratios against t
 app.command()(quantize)
 app.command()(doctor)
 app.add_typer(bench_app, name="bench")
+app.add_typer(mtp_app, name="mtp")
 bench_app.command()(linear)
 bench_app.command()(engine)
 bench_app.command(name="quantize")(bench_quantize)

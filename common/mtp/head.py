@@ -5,7 +5,7 @@ Plain data that goes into the ``config.json`` of a draft directory and comes bac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -37,6 +37,18 @@ class Formula:
     feedback: Feedback = "post_norm"
     unit_offset_norm: bool = False
     target_embedding_norm: bool = False
+
+    def text(self, roles: Container[str]) -> str:
+        """The formula of a module that has ``roles``, as one line."""
+        embedding = "target_embedding_norm(embedding)" if self.target_embedding_norm else "embedding"
+        parts = [f"enorm({embedding}{' where position > 0' if self.mask_first_position else ''})", "hnorm(hidden)"]
+        joined = f"eh_proj([{' ; '.join(parts if self.embedding_first else parts[::-1])}])"
+        if "e_proj" in roles:
+            joined = f"e_proj({parts[0]}) + h_proj({parts[1]})"
+        normed = "norm(h)" if "norm" in roles else "h"
+        fed = normed if self.feedback == "post_norm" else "h"
+        norms = "; norms multiply by 1 + weight" if self.unit_offset_norm else ""
+        return f"h = block({joined}); logits = head({normed}); the next step gets {fed}{norms}"
 
 
 @dataclass(frozen=True)

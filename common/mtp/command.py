@@ -1,0 +1,91 @@
+"""``fourfold mtp``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+if TYPE_CHECKING:
+    from fourfold.common.mtp.reader import Reading
+
+mtp_app = typer.Typer(no_args_is_help=True, help="Multi-token prediction heads of checkpoints.")
+Model = Annotated[Path, typer.Argument(help="Directory of a model that ships an MTP head.")]
+
+
+@mtp_app.command()
+def inspect(
+    model: Model, as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False
+) -> None:
+    """Say which MTP head a checkpoint has, what contradicts it, and how to serve it."""
+    from fourfold.common.mtp.reader import read_head
+
+    reading = read_head(model)
+    facts = _facts(reading, model)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    head = reading.head
+    typer.echo(f"family: {head.family}, {len(head.modules)} module(s) after {head.target_layers} layers")
+    typer.echo(f"formula: {facts['formula']}")
+    typer.echo(f"source: {reading.family.source}")
+    for i, module in enumerate(head.modules):
+        typer.echo(f"module {i}: {module.block}")
+        for role, name in module.roles.items():
+            typer.echo(f"  {role}: {name}")
+        kinds: dict[str, list[str]] = {}
+        for layer, format in module.formats.items():
+            kinds.setdefault(format, []).append(layer)
+        for format, layers in kinds.items():
+            typer.echo(f"  {format}: {', '.join(layers)}")
+    if head.limits:
+        typer.echo(f"limits: fourfold's generic head does not compute it: {head.limits}")
+    for finding in reading.findings:
+        typer.echo(f"finding: {finding}")
+    for engine, served in facts["engines"].items():
+        typer.echo(f"{engine}: {served['class'] or 'no class'}")
+        for step in served["commands"]:
+            typer.echo(f"  {step}")
+
+
+@mtp_app.command()
+def extract(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Draft directory to create.")],
+    engine: Annotated[str, typer.Option(help="The engine that it is for: vllm or sglang.")] = "vllm",
+) -> None:
+    """Write a draft directory for fourfold's generic head: a config and an index over links to the model's shards."""
+    from fourfold.common.mtp.engines import check_engine, launch_flags
+    from fourfold.common.mtp.extract import extract as write
+
+    name = check_engine(engine)
+    reading = write(model, out, name)
+    for finding in reading.findings:
+        typer.echo(f"finding: {finding}", err=True)
+    typer.echo(f"wrote {out}: {len(reading.tensors)} tensors of {reading.head.family}, none copied")
+    typer.echo(f"serve with: {launch_flags(reading, name, out, own=False)}")
+
+
+def _facts(reading: Reading, model: Path) -> dict[str, Any]:
+    from fourfold.common.mtp.engines import ARCHITECTURE, Engine, launch_flags, serving_class
+    from fourfold.common.mtp.head import KEY
+
+    engines = {}
+    for engine in get_args(Engine):
+        found = serving_class(reading, engine)
+        commands, draft = [], model
+        if found == ARCHITECTURE and KEY not in reading.index.config:
+            draft = Path(f"{model.resolve().name}-mtp")
+            commands.append(f"fourfold mtp extract {model} {draft} --engine {engine}")
+        if found:
+            commands.append(launch_flags(reading, engine, draft, own=found != ARCHITECTURE))
+        engines[engine] = {"class": found, "commands": commands}
+    return {
+        "formula": reading.head.formula.text(reading.head.modules[0].roles),
+        "source": reading.family.source,
+        "findings": list(reading.findings),
+        "engines": engines,
+        "head": reading.head.to_config(),
+    }

@@ -1,0 +1,50 @@
+"""Which class serves a head on each engine, and the flags that start it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal, get_args
+
+from fourfold.common.errors import FourfoldError
+from fourfold.common.mtp.layouts import IN_TREE
+from fourfold.common.mtp.reader import Reading
+
+Engine = Literal["vllm", "sglang"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+ARCHITECTURE = "FourfoldMTP"  # the generic class of both engines
+
+
+def serving_class(reading: Reading, engine: Engine) -> str:
+    """The engine's own class for the target, else the generic one; empty where neither computes the head."""
+    own = IN_TREE.get(reading.architecture, ("", ""))[ENGINES.index(engine)]
+    return own or ("" if reading.head.limits else ARCHITECTURE)
+
+
+def launch_flags(reading: Reading, engine: Engine, draft: Path, own: bool) -> str:
+    """The flags for ``engine``, with one draft token for each module.
+
+    Args:
+        draft: the model itself for the engine's own class, a draft directory for the generic one.
+        own: whether the engine's own class serves.
+    """
+    count = len(reading.head.modules)
+    if engine == "vllm":
+        options = {"method": "mtp", "num_speculative_tokens": count} | ({} if own else {"model": str(draft)})
+        return f"--speculative-config '{json.dumps(options)}'"
+    return (
+        f"--speculative-algorithm EAGLE --speculative-draft-model-path {draft} --speculative-num-steps {count} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {count + 1}"
+    )
+
+
+def check_engine(name: str) -> Engine:
+    """``name`` as an engine.
+
+    Raises:
+        FourfoldError: there is no such engine.
+    """
+    for engine in get_args(Engine):
+        if engine == name:
+            return engine
+    raise FourfoldError(f"--engine {name!r}: expected one of {', '.join(ENGINES)}")
