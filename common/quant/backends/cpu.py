@@ -1,14 +1,15 @@
 """The ``cpu`` backends: packed weights in memory, decoded in registers by compiled kernels.
 
-Up to `KERNEL_ROWS` rows of activations go through one C++ call. Larger batches decode tiles of the weight to bfloat16,
-which is exact, and use torch's own matrix product. For W4A16 the kernel takes activations as integers with a scale for
-each block of 16: ``cpu`` as int8, ``cpu_int16`` as int16, which loses nothing against bfloat16 but is slower from
-about batch 4. For W4A4 they are the NVFP4 codes, and the products are exact.
+For W4A16 the kernels take activations as integers with a scale for each block of 16: ``cpu`` as int8, ``cpu_int16`` as
+int16, which loses nothing against bfloat16 but is slower from about batch 4. For W4A4 they are the NVFP4 codes, and the
+products are exact. Where the instruction set multiplies bytes no faster than torch does bfloat16, and for int16, batches
+over `KERNEL_ROWS` decode tiles of the weight to bfloat16, which is exact, and use torch's own matrix product.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from fourfold.common.quant.nvfp4 import BLOCK
 
 GROUP_ROWS = 16
 BLOCK_BYTES = GROUP_ROWS * BLOCK // 2 + GROUP_ROWS
-KERNEL_ROWS = 64  # more rows than this are prefill: the library's matrix product is faster
+KERNEL_ROWS = 64  # more rows than this are prefill
+CALL_ROWS = 256  # of activations in one call, so that they stay in a cache while the weights pass
 TILE_BYTES = 8 << 20  # of decoded weights at a time
 INT8, INT16, E2M1 = 0, 1, 2
 
@@ -76,21 +78,24 @@ def _linear(
     rows, outputs, columns = x.shape[0], row_scales.shape[0], x.shape[1]
     if x.dtype not in (torch.bfloat16, torch.float32):
         return _linear(x.float(), packed, row_scales, bias, input_scales, shard_rows, mode).to(x.dtype)
-    if rows > KERNEL_ROWS:
+    if rows > KERNEL_ROWS and (mode == INT16 or build.chosen_isa() != "avx512_vnni"):
         return _large(x, packed, row_scales, bias, input_scales, shard_rows, mode)
     x = x.contiguous()
     y = torch.empty(rows, outputs, dtype=x.dtype)
     if bias is not None and bias.dtype is not torch.float32:
         bias = bias.float()
     call = _kernels().fourfold_linear
-    first, scale_at = 0, input_scales.data_ptr() if input_scales is not None else None
-    for size in shard_rows:
-        call(
-            *(x.data_ptr(), rows, columns, packed.data_ptr(), outputs, first, first + size, row_scales.data_ptr()),
-            *(None if bias is None else bias.data_ptr(), y.data_ptr(), mode, scale_at, x.dtype is torch.bfloat16),
-        )
-        first += size
-        scale_at = None if scale_at is None else scale_at + 4
+    size = x.element_size()
+    for at in range(0, rows, CALL_ROWS):
+        count, source, target = min(CALL_ROWS, rows - at), x.data_ptr() + at * columns * size, y.data_ptr()
+        first, scale_at = 0, input_scales.data_ptr() if input_scales is not None else None
+        for last in itertools.accumulate(shard_rows):
+            call(
+                *(source, count, columns, packed.data_ptr(), outputs, first, last, row_scales.data_ptr()),
+                *(None if bias is None else bias.data_ptr(), target + at * outputs * size),
+                *(mode, scale_at, x.dtype is torch.bfloat16),
+            )
+            first, scale_at = last, None if scale_at is None else scale_at + 4
     return y
 
 

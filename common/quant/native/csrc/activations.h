@@ -5,6 +5,8 @@
 #include <cstring>
 #include <vector>
 
+#include "lanes.h"
+
 namespace fourfold {
 
 struct bf16 {
@@ -57,6 +59,30 @@ inline int e2m1_twice(float v) {
   return v < 0 ? -m : m;
 }
 
+// The nearest integer, ties to even, of |v| < 2^22.
+inline int32_t nearest(float v) {
+  v += 0x1.8p23f;
+  int32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits - 0x4b400000;
+}
+
+// The largest magnitude. As integers, which vectorise: magnitudes are in the order of their bits, NaN above all.
+template <class T>
+inline float largest(const T* x, int64_t count) {
+  uint32_t top = 0;
+  for (int64_t k = 0; k < count; k++) {
+    const float v = to_float(x[k]);
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    bits &= 0x7fffffff;
+    top = bits > top ? bits : top;
+  }
+  float amax;
+  std::memcpy(&amax, &top, 4);
+  return amax;
+}
+
 enum class Mode : int32_t { BITS8 = 0, BITS16 = 1, E2M1 = 2 };
 
 constexpr int TILE = 8;  // rows of x that share one decoding of a weight
@@ -78,48 +104,42 @@ struct Activations {
 
   template <class T>
   void token_scale(int64_t row, const T* x, int64_t columns) {
-    float amax = 0;
-    for (int64_t k = 0; k < columns; k++) amax = std::fmax(amax, std::fabs(to_float(x[k])));
-    const float scale = amax / 2688.0f;
+    const float scale = largest(x, columns) / 2688.0f;
     tokens[row] = scale > 0 ? scale : 1.0f;
   }
 
   template <class T>
   void quantize(const T* x, int64_t row, int64_t block, const float* global) {
     const int64_t first = row / TILE * TILE, width = rows - first < TILE ? rows - first : TILE;
-    const int64_t unit = first * blocks + block * width + row - first;
-    float v[16], amax = 0, damage = 0;  // 0, or NaN where a value is not finite, which then marks the outputs
-    for (int k = 0; k < 16; k++) v[k] = to_float(x[(row * blocks + block) * 16 + k]);
-    for (int k = 0; k < 16; k++) damage += v[k] * 0.0f;
-    for (int k = 0; k < 16; k++) amax = std::fmax(amax, std::fabs(v[k]));
+    const int64_t at = first * blocks + block * width + row - first;
+    float v[BLOCK];
+    for (int k = 0; k < BLOCK; k++) v[k] = to_float(x[(row * blocks + block) * BLOCK + k]);
+    const float amax = largest(v, BLOCK), damage = amax * 0.0f;  // NaN where a value is not finite: marks the outputs
     if (mode == Mode::BITS16) {
       const float inverse = amax > 0 ? 32767.0f / amax : 0.0f;
-      int16_t* to = reinterpret_cast<int16_t*>(codes.data()) + unit * 16;
-      for (int k = 0; k < 16; k++) to[k] = (int16_t)std::nearbyint(v[k] * inverse);
-      scales[unit] = amax / 32767.0f + damage;
+      int16_t* to = reinterpret_cast<int16_t*>(codes.data()) + at * BLOCK;
+      for (int k = 0; k < BLOCK; k++) to[k] = (int16_t)nearest(v[k] * inverse);
+      scales[at] = amax / 32767.0f + damage;
       return;
     }
-    static constexpr int order[16] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
-    int8_t q[16];
+    int32_t q[BLOCK], sum = 0;
     if (mode == Mode::BITS8) {
       const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
-      for (int k = 0; k < 16; k++) q[k] = (int8_t)std::nearbyint(v[k] * inverse);
-      scales[unit] = amax / 127.0f + damage;
+      for (int k = 0; k < BLOCK; k++) q[k] = nearest(v[k] * inverse);
+      scales[at] = amax / 127.0f + damage;
     } else {
       const float token = global ? *global : tokens[row];
       const float raw = amax / 6.0f / token;
       const float scale = amax > 0 ? round_e4m3(std::fmin(std::fmax(raw, 0x1p-9f), 448.0f)) : 1.0f;
       const float step = scale * token;
-      for (int k = 0; k < 16; k++) q[k] = (int8_t)e2m1_twice(v[k] / step);
-      scales[unit] = scale + damage;
+      for (int k = 0; k < BLOCK; k++) q[k] = e2m1_twice(v[k] / step);
+      scales[at] = scale + damage;
     }
-    int8_t* to = reinterpret_cast<int8_t*>(codes.data()) + unit * 16;
-    int32_t sum = 0;
-    for (int k = 0; k < 16; k++) {
-      to[k] = q[order[k]];
-      sum += q[k];
-    }
-    start[unit] = -12 * sum;
+    for (int k = 0; k < BLOCK; k++) sum += q[k];
+    start[at] = -ZERO_POINT * sum;
+    int8_t bytes[BLOCK];
+    for (int k = 0; k < BLOCK; k++) bytes[k] = (int8_t)q[k];
+    byte_order(bytes, reinterpret_cast<int8_t*>(codes.data()) + at * BLOCK);
   }
 };
 

@@ -8,7 +8,6 @@
 #include <omp.h>
 
 #include "activations.h"
-#include "lanes.h"
 
 namespace fourfold {
 
