@@ -2,8 +2,8 @@
 
 For W4A16 the kernels take activations as integers with a scale for each block of 16: ``cpu`` as int8, ``cpu_int16`` as
 int16, which loses nothing against bfloat16 but is slower from about batch 4. For W4A4 they are the NVFP4 codes, and the
-products are exact. Where the instruction set multiplies bytes no faster than torch does bfloat16, and for int16, batches
-over `KERNEL_ROWS` decode tiles of the weight to bfloat16, which is exact, and use torch's own matrix product.
+products are exact. For int16, and where the processor lacks AVX-512 VNNI, batches over `KERNEL_ROWS` decode tiles of the
+weight to bfloat16, which is exact, and use torch's own matrix product.
 """
 
 from __future__ import annotations
