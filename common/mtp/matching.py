@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.common.errors import FourfoldError
+from fourfold.common.mtp.formats import without_expert
 from fourfold.common.mtp.layouts import FAMILIES, IN_TREE, Family
 
 MODULES = 32  # more than any checkpoint has
@@ -100,7 +101,8 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 
 def _refusal(named: Named, partial: Sequence[tuple[int, bool, Match, list[str]]]) -> str:
-    suspects = [name for name in named.names if is_marked(name) or is_after(name, named.layers)]
+    found = (name for name in named.names if is_marked(name) or is_after(name, named.layers))
+    suspects = list(dict.fromkeys(without_expert(name) for name in found))
     if not suspects:
         looked = sorted({f.prefixes[0] + f.roles["enorm"].format(n=0, layer=named.layers) for f in FAMILIES})
         told = f"; config.json says {', '.join(named.claims)}, so an export dropped them" if named.claims else ""
