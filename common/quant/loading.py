@@ -228,7 +228,7 @@ def quantize_shards(
     Raises:
         FourfoldError: a shard that NVFP4 cannot hold; the message names it.
     """
-    amax = torch.stack([shard.abs().amax().float() for shard in shards])
+    amax = torch.stack([nvfp4.check_weight(shard, name) for shard, name in zip(shards, names, strict=True)])
     if reduce_max is not None:
         amax = reduce_max(amax)
     scales = nvfp4.global_scale_of(amax)

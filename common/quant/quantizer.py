@@ -36,7 +36,8 @@ def quantize_weight(
         name: for messages.
         method: one of `fourfold.common.settings.SCALE_METHODS`; see `fourfold.common.quant.scales`.
         importance: mean square of each input channel ``[K]`` (any positive multiple of it), or None.
-        global_scale: float32 scalar; default ``amax / 2688`` of this matrix.
+        global_scale: float32 scalar, for a weight that passed `nvfp4.check_weight`; default: check it and take
+            ``amax / 2688``.
         compiled: True or False to insist on the compiled or the PyTorch quantiser.
 
     Raises:
@@ -44,10 +45,9 @@ def quantize_weight(
     """
     if method not in SCALE_METHODS:
         raise FourfoldError(f"scales {method!r} is unknown; expected one of {', '.join(SCALE_METHODS)}")
-    amax = nvfp4.check_weight(weight, name)
+    scale = nvfp4.global_scale_of(nvfp4.check_weight(weight, name)) if global_scale is None else global_scale
     if importance is not None:
         importance = _check_importance(importance, weight, name)
-    scale = nvfp4.global_scale_of(amax) if global_scale is None else global_scale
     scale = scale.to(device=weight.device, dtype=torch.float32)
     if compiled is not False and weight.device.type == "cpu" and (compiled or _compiled()):
         packed, block_scales = native.quantize(weight, float(scale), method, importance)

@@ -1,9 +1,9 @@
 """The ``cpu`` backends: packed weights in memory, decoded in registers by compiled kernels.
 
 For W4A16 the kernels take activations as integers with a scale for each block of 16: ``cpu`` as int8, ``cpu_int16`` as
-int16, which loses nothing against bfloat16 but is slower from about batch 4. For W4A4 they are the NVFP4 codes, and the
-products are exact. For int16, and where the processor lacks AVX-512 VNNI, batches over `KERNEL_ROWS` decode tiles of the
-weight to bfloat16, which is exact, and use torch's own matrix product.
+int16, which loses nothing against bfloat16 but is slower from about batch 4. For W4A4 they are the NVFP4 codes: exact.
+For int16, and where the processor lacks AVX-512 VNNI, batches over `KERNEL_ROWS` decode tiles of the weight to bfloat16
+(exact) and use torch's own matrix product.
 """
 
 from __future__ import annotations
