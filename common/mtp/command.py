@@ -42,12 +42,14 @@ def inspect(
             typer.echo(f"  {format}: {', '.join(layers)}")
     if head.limits:
         typer.echo(f"limits: fourfold's generic head does not compute it: {head.limits}")
-    for finding in reading.findings:
-        typer.echo(f"finding: {finding}")
+    for line in _doubts(reading):
+        typer.echo(line)
     for engine, served in facts["engines"].items():
         typer.echo(f"{engine}: {served['class'] or 'no class'}")
         for step in served["commands"]:
             typer.echo(f"  {step}")
+        for step in served["instead"]:
+            typer.echo(f"  or, by what the tensors are: {step}")
 
 
 @mtp_app.command()
@@ -62,10 +64,15 @@ def extract(
 
     name = check_engine(engine)
     reading = write(model, out, name)
-    for finding in reading.findings:
-        typer.echo(f"finding: {finding}", err=True)
+    for line in _doubts(reading):
+        typer.echo(line, err=True)
     typer.echo(f"wrote {out}: {len(reading.tensors)} tensors of {reading.head.family}, none copied")
     typer.echo(f"serve with: {launch_flags(reading, name, out, own=False)}")
+
+
+def _doubts(reading: Reading) -> list[str]:
+    wrong = [f"contradiction: {line}" for line in reading.contradictions]
+    return wrong + [f"finding: {line}" for line in reading.findings]
 
 
 def _facts(reading: Reading, model: Path) -> dict[str, Any]:
@@ -75,16 +82,21 @@ def _facts(reading: Reading, model: Path) -> dict[str, Any]:
     engines = {}
     for engine in get_args(Engine):
         found = serving_class(reading, engine)
-        commands, draft = [], model
-        if found == ARCHITECTURE and KEY not in reading.index.config:
-            draft = Path(f"{model.resolve().name}-mtp")
-            commands.append(f"fourfold mtp extract {model} {draft} --engine {engine}")
-        if found:
-            commands.append(launch_flags(reading, engine, draft, own=found != ARCHITECTURE))
-        engines[engine] = {"class": found, "commands": commands}
+        own = [launch_flags(reading, engine, model, own=found != ARCHITECTURE)] if found else []
+        draft = Path(f"{model.resolve().name}-mtp")
+        generic = [f"fourfold mtp extract {model} {draft} --engine {engine}"]
+        generic.append(launch_flags(reading, engine, draft, own=False))
+        extracted = found == ARCHITECTURE and KEY not in reading.index.config
+        doubtful = found not in ("", ARCHITECTURE) and reading.contradictions and not reading.head.limits
+        engines[engine] = {
+            "class": found,
+            "commands": generic if extracted else own,
+            "instead": generic if doubtful else [],
+        }
     return {
         "formula": reading.head.formula.text(reading.head.modules[0].roles),
         "source": reading.family.source,
+        "contradictions": list(reading.contradictions),
         "findings": list(reading.findings),
         "engines": engines,
         "head": reading.head.to_config(),

@@ -30,6 +30,7 @@ class Family:
         architectures: targets whose formula was checked; they also tell families with equal names apart.
         optional: roles that a checkpoint may lack.
         limits: what the generic classes do not compute; empty where they compute all of it.
+        plain_projection: the engines' own classes never quantise the projection, whatever the config says.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Family:
     architectures: tuple[str, ...] = ()
     optional: tuple[str, ...] = ("head", "embedding")
     limits: str = ""
+    plain_projection: bool = True
 
 
 def _triple(
@@ -71,7 +73,7 @@ FAMILIES: tuple[Family, ...] = (
         Formula(mask_first_position=True),
         "SGLang glm4_moe_nextn.py and transformers MtpModel, both without the mask; vLLM glm4_moe_mtp.py masks, and "
         "feeds the state before the norm back",
-        ("Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM", "Glm4vMoeForConditionalGeneration"),
+        ("Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM"),
     ),
     Family(
         "kimi_k3",
@@ -82,15 +84,6 @@ FAMILIES: tuple[Family, ...] = (
         "vLLM models/kimi_k3/nvidia/mtp.py; SGLang has no class",
         ("KimiK3ForConditionalGeneration",),
         limits="its decoder layer is the target's with attention residuals turned off",
-    ),
-    Family(
-        "kimi_linear",
-        _SHARED_HEAD,
-        "layers.{layer}",
-        _MODEL,
-        Formula(),
-        "transformers MtpModel with kimi_linear's conversion mapping; neither engine has a class",
-        ("KimiLinearForCausalLM",),
     ),
     Family(
         "bailing_moe",
@@ -129,6 +122,7 @@ FAMILIES: tuple[Family, ...] = (
             *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
             *("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
         ),
+        plain_projection=False,
     ),
     Family(
         "exaone_moe",
@@ -138,6 +132,7 @@ FAMILIES: tuple[Family, ...] = (
         Formula(),
         "vLLM exaone_moe_mtp.py, exaone4_5_mtp.py; SGLang exaone_moe_mtp.py",
         ("ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM", "Exaone4_5_ForConditionalGeneration"),
+        plain_projection=False,
     ),
     Family(
         "mimo",
@@ -168,6 +163,7 @@ FAMILIES: tuple[Family, ...] = (
         "vLLM models/minimax_m3/nvidia/mtp.py; SGLang minimax_m3.py skips these tensors",
         ("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"),
         limits="its decoder layer is sparse attention and MoE by flags of its own",
+        plain_projection=False,
     ),
     Family(
         "inkling",
@@ -190,6 +186,7 @@ FAMILIES: tuple[Family, ...] = (
         "vLLM models/deepseek_v4/nvidia/mtp.py; SGLang deepseek_v4_nextn.py without the mask",
         ("DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration"),
         limits="hc_* (hyper-connections: hc_mult residual streams, reduced by hc_head) is not computed",
+        plain_projection=False,
     ),
     Family(
         "ernie4_5_moe",

@@ -102,7 +102,7 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 def _refusal(named: Named, partial: Sequence[tuple[int, bool, Match, list[str]]]) -> str:
     found = (name for name in named.names if is_marked(name) or is_after(name, named.layers))
-    suspects = list(dict.fromkeys(without_expert(name) for name in found))
+    suspects = sorted(dict.fromkeys(without_expert(name) for name in found), key=lambda name: not is_marked(name))
     if not suspects:
         looked = sorted({f.prefixes[0] + f.roles["enorm"].format(n=0, layer=named.layers) for f in FAMILIES})
         told = f"; config.json says {', '.join(named.claims)}, so an export dropped them" if named.claims else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class Reading:
         tensors: the head's own tensors.
         stored: the head's linear layers, under their checkpoint names.
         declared: what the checkpoint says about its quantisation.
-        findings: contradictions and doubts, a line each.
+        contradictions: where the tensors are not what the checkpoint declares (`formats.contradictions`), a line each.
+        findings: other doubts, a line each.
     """
 
     index: TensorIndex
@@ -45,6 +46,7 @@ class Reading:
     tensors: Mapping[str, Entry]
     stored: Mapping[str, Stored]
     declared: Declared
+    contradictions: tuple[str, ...]
     findings: tuple[str, ...]
 
 
@@ -78,10 +80,13 @@ def read_head(path: Path) -> Reading:
     if extra:
         raise FourfoldError(f"{path}: the layout is {family.name}, which has no role for {listed(extra)}")
     declared = formats.read_declared(quantization_config(index))
+    if config.get("expert_dtype") == "fp4":  # DeepSeek V4 says so outside quantization_config
+        declared = replace(declared, groups=((("re:.*[.]experts[.]",), "mxfp4"), *declared.groups))
     stored = formats.stored_layers(tensors, declared.block)
     _check_shapes(head, index, stored, _number(config, "vocab_size"))
-    shared = {name for module in modules for role, name in module.roles.items() if role in ("head", "embedding")}
-    findings += formats.contradictions({name: s for name, s in stored.items() if name not in shared}, declared)
+    wrong = formats.contradictions(
+        {n: s for n, s in stored.items() if n not in _unquantised(family, modules)}, declared
+    )
     if architecture not in family.architectures and written is None:
         findings.append(f"nobody has checked that a {architecture} computes its head as {family.name} does")
     findings += [
@@ -92,7 +97,7 @@ def read_head(path: Path) -> Reading:
     if not family.limits:
         findings += _layer_findings(head, index)
     head = replace(head, modules=tuple(replace(m, formats=_formats(head, i, stored)) for i, m in enumerate(modules)))
-    return Reading(index, config, architecture, family, head, tensors, stored, declared, tuple(findings))
+    return Reading(index, config, architecture, family, head, tensors, stored, declared, tuple(wrong), tuple(findings))
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -161,6 +166,12 @@ def _module(match: Match, n: int, index: TensorIndex) -> Module:
     return Module(roles, match.name(match.family.block, n), {})
 
 
+def _unquantised(family: Family, modules: Sequence[Module]) -> set[str]:
+    """Layers that engines do not quantise by the config."""
+    roles = {"head", "embedding", *(["eh_proj"] if family.plain_projection else [])}
+    return {name for module in modules for role, name in module.roles.items() if role in roles}
+
+
 def _formula(family: Family, config: Mapping[str, Any]) -> Formula:
     """The family's formula, with what the keys of a config say that transformers reads."""
     formula = family.formula
@@ -183,8 +194,11 @@ def _check_shapes(head: MtpHead, index: TensorIndex, stored: Mapping[str, Stored
             found = stored[name].shape if name in stored else vector.shape if vector else ()
             if role in shapes and found != shapes[role]:
                 raise FourfoldError(f"{name}: expected {list(shapes[role])} (hidden_size {size}), found {list(found)}")
+            # A vocabulary may be padded.
             if role not in shapes and (len(found) != 2 or found[1] != size or found[0] < vocabulary):
-                raise FourfoldError(f"{name}: expected [{vocabulary}, {size}], found {list(found)}")
+                raise FourfoldError(
+                    f"{name}: expected {[vocabulary, size]} (vocab_size, hidden_size), found {list(found)}"
+                )
     filled = {i for name in index.entries for i, role, _ in head.locate(name) if role == BLOCK}
     for i, module in enumerate(head.modules):
         if i not in filled:
