@@ -90,7 +90,7 @@ class TensorIndex:
             for name, shard in weight_map.items():
                 if not isinstance(shard, str) or Path(shard).name != shard:
                     raise FourfoldError(f"{self.path / INDEX}: {name}: {shard!r} is not the name of a file beside it")
-            missing = sorted({s for s in weight_map.values() if not (self.path / s).is_file()})
+            missing = sorted({s for s in set(weight_map.values()) if not (self.path / s).is_file()})
             if missing:
                 raise FourfoldError(f"{self.path}: shards are missing: {', '.join(missing)}; download the model again")
             return weight_map

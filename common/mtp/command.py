@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -84,13 +85,13 @@ def _facts(reading: Reading, model: Path) -> dict[str, Any]:
         found = serving_class(reading, engine)
         own = [launch_flags(reading, engine, model, own=found != ARCHITECTURE)] if found else []
         draft = Path(f"{model.resolve().name}-mtp")
-        generic = [f"fourfold mtp extract {model} {draft} --engine {engine}"]
+        generic = [shlex.join(["fourfold", "mtp", "extract", str(model), str(draft), "--engine", engine])]
         generic.append(launch_flags(reading, engine, draft, own=False))
-        extracted = found == ARCHITECTURE and KEY not in reading.index.config
+        needs_draft = found == ARCHITECTURE and KEY not in reading.index.config
         doubtful = found not in ("", ARCHITECTURE) and reading.contradictions and not reading.head.limits
         engines[engine] = {
             "class": found,
-            "commands": generic if extracted else own,
+            "commands": generic if needs_draft else own,
             "instead": generic if doubtful else [],
         }
     return {

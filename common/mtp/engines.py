@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -31,10 +32,10 @@ def launch_flags(reading: Reading, engine: Engine, draft: Path, own: bool) -> st
     count = len(reading.head.modules)
     if engine == "vllm":
         options = {"method": "mtp", "num_speculative_tokens": count} | ({} if own else {"model": str(draft)})
-        return f"--speculative-config '{json.dumps(options)}'"
+        return f"--speculative-config {shlex.quote(json.dumps(options))}"
     return (
-        f"--speculative-algorithm EAGLE --speculative-draft-model-path {draft} --speculative-num-steps {count} "
-        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {count + 1}"
+        f"--speculative-algorithm EAGLE --speculative-draft-model-path {shlex.quote(str(draft))} "
+        f"--speculative-num-steps {count} --speculative-eagle-topk 1 --speculative-num-draft-tokens {count + 1}"
     )
 
 

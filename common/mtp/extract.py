@@ -30,7 +30,7 @@ def extract(model: Path, out: Path, engine: Engine) -> Reading:
 
     Raises:
         FourfoldError: what `read_head` raises; a head that the generic class does not compute; formats that one config
-            cannot declare; ``out`` exists or cannot be written. Nothing is left behind.
+            cannot declare; ``out`` exists or cannot be written. Then there is no ``out``.
     """
     reading = read_head(model)
     if reading.head.limits:

@@ -83,7 +83,7 @@ def read_head(path: Path) -> Reading:
     if config.get("expert_dtype") == "fp4":  # DeepSeek V4 says so outside quantization_config
         declared = replace(declared, groups=((("re:.*[.]experts[.]",), "mxfp4"), *declared.groups))
     stored = formats.stored_layers(tensors, declared.block)
-    _check_shapes(head, index, stored, _number(config, "vocab_size"))
+    _check_shapes(head, tensors, stored, _number(config, "vocab_size"))
     wrong = formats.contradictions(
         {n: s for n, s in stored.items() if n not in _unquantised(family, modules)}, declared
     )
@@ -182,13 +182,13 @@ def _formula(family: Family, config: Mapping[str, Any]) -> Formula:
     return formula
 
 
-def _check_shapes(head: MtpHead, index: TensorIndex, stored: Mapping[str, Stored], vocabulary: int) -> None:
+def _check_shapes(head: MtpHead, tensors: Mapping[str, Entry], stored: Mapping[str, Stored], vocabulary: int) -> None:
     size = head.hidden_size
     shapes: dict[str, tuple[int, ...]] = {role: (size,) for role in ("enorm", "hnorm", "norm")}
     shapes |= {"eh_proj": (size, 2 * size), "e_proj": (size, size), "h_proj": (size, size)}
     for module in head.modules:
         for role, name in module.roles.items():
-            vector = index.entries.get(f"{name}.weight")
+            vector = tensors.get(f"{name}.weight")
             if name not in stored and (vector is None or vector.dtype not in FLOATS):
                 raise FourfoldError(f"{name}: expected a weight in floating point, found {vector and vector.dtype}")
             found = stored[name].shape if name in stored else vector.shape if vector else ()
@@ -199,7 +199,7 @@ def _check_shapes(head: MtpHead, index: TensorIndex, stored: Mapping[str, Stored
                 raise FourfoldError(
                     f"{name}: expected {[vocabulary, size]} (vocab_size, hidden_size), found {list(found)}"
                 )
-    filled = {i for name in index.entries for i, role, _ in head.locate(name) if role == BLOCK}
+    filled = {i for name in tensors for i, role, _ in head.locate(name) if role == BLOCK}
     for i, module in enumerate(head.modules):
         if i not in filled:
             raise FourfoldError(f"{module.block} holds no decoder layer; found only {', '.join(module.roles)}")
