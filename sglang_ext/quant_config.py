@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from fourfold.common.quant.method import claims
 from fourfold.common.settings import METHOD
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ class FourfoldNvfp4Config(QuantizationConfig):
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None) -> str | None:
-        # Only when asked for by name: another method's checkpoint without the flag is none of ours.
-        named = isinstance(hf_quant_cfg, dict) and hf_quant_cfg.get("quant_method") == METHOD
-        return METHOD if user_quant == METHOD or (named and user_quant is None) else None
+        return claims(hf_quant_cfg, user_quant)
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: WeightsMapper) -> None:
         self.mapper = hf_to_sglang_mapper
@@ -62,10 +61,8 @@ class FourfoldNvfp4Config(QuantizationConfig):
             from fourfold.common.settings import settings_from_env
 
             model = get_server_args().model_path
-            plan = plan_for(model, self.config, settings_from_env().quant, self.packed_modules_mapping)
-            if self.mapper is not None:
-                plan.source = plan.source.with_names(self.mapper.apply_list(list(plan.source.ignore)))
-            self._plan = plan
+            rename = self.mapper.apply_list if self.mapper is not None else None
+            self._plan = plan_for(model, self.config, settings_from_env().quant, self.packed_modules_mapping, rename)
         return self._plan
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

@@ -8,6 +8,7 @@ import torch
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from fourfold.common.quant.method import claims
 from fourfold.common.settings import METHOD
 
 if TYPE_CHECKING:
@@ -49,9 +50,7 @@ class FourfoldNvfp4Config(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:  # type: ignore[override]
-        # Only when asked for by name: another method's checkpoint without the flag is none of ours.
-        named = isinstance(hf_quant_cfg, dict) and hf_quant_cfg.get("quant_method") == METHOD
-        return METHOD if user_quant == METHOD or (named and user_quant is None) else None
+        return claims(hf_quant_cfg, user_quant)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.mapper = hf_to_vllm_mapper
@@ -69,10 +68,10 @@ class FourfoldNvfp4Config(QuantizationConfig):
             extra: Any = vllm_config.additional_config
             options = extra.get("fourfold", {}) if isinstance(extra, dict) else {}
             settings = parse_settings(options, "--additional-config fourfold").quant
-            plan = plan_for(vllm_config.model_config.model, self.config, settings, self.packed_modules_mapping)
-            if self.mapper is not None:
-                plan.source = plan.source.with_names(self.mapper.apply_list(list(plan.source.ignore)))
-            self._plan = plan
+            rename = self.mapper.apply_list if self.mapper is not None else None
+            self._plan = plan_for(
+                vllm_config.model_config.model, self.config, settings, self.packed_modules_mapping, rename
+            )
         return self._plan
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

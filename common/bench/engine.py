@@ -17,12 +17,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fourfold.common.errors import FourfoldError
 from fourfold.common.serving import EngineServer, installed_engine
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fourfold.common.bench import step
 
 PROMPT_TOKENS = 16
 
@@ -136,6 +141,22 @@ def measure(
     ]
 
 
+def _steps(rows: list[Row], parts: list[step.Parts], ours: str) -> Table:
+    """The table of where a step's time goes, in BF16 and in NVFP4."""
+    from rich.table import Table
+
+    table = Table(title="milliseconds of a decoding step; layers and head as timed alone")
+    for column in ("batch", "configuration", "step", "linear layers", "head", "rest of the engine"):
+        table.add_column(column, justify="left" if column == "configuration" else "right")
+    speeds = {(row.configuration, row.batch): row.tokens_per_second for row in rows}
+    for part in parts:
+        for label, layers in (("BF16", part.layers_bf16), (ours, part.layers_nvfp4)):
+            whole = 1e3 * part.batch / speeds[label, part.batch]
+            cells = (whole, layers, part.head, whole - layers - part.head)
+            table.add_row(str(part.batch), label, *(f"{cell:.1f}" for cell in cells))
+    return table
+
+
 def engine(
     model: Annotated[
         str, typer.Argument(help="Model directory, 'smollm2' or '1b' (random weights, Llama shape).")
@@ -157,7 +178,7 @@ def engine(
     from rich.console import Console
     from rich.table import Table
 
-    from fourfold.common.bench import machine, peers
+    from fourfold.common.bench import machine, peers, step
     from fourfold.common.demo.model import resolve
 
     batches = batch or [1, 8, 32]
@@ -199,10 +220,13 @@ def engine(
         else:
             skipped.append("llama.cpp: give its tools with --llama-cpp")
         bandwidth = machine.read_bandwidth()
+        status.update("the linear layers alone")
+        parts = step.parts(path, batches, scheme)
     weights = peers.bytes_per_token(path)
     if as_json:
         result = {"machine": machine.describe(), "engine": [name, version], "model": model, "tokens": tokens}
         result |= {"bandwidth": bandwidth, "bytes_per_token": weights, "rows": [asdict(r) for r in rows]}
+        result["parts"] = [asdict(part) for part in parts]
         typer.echo(json.dumps(result, indent=1))
         return
     table = Table(title=f"{name} {version}, {model}, decode tokens/s, {tokens} tokens, {rounds} rounds")
@@ -216,6 +240,7 @@ def engine(
     out = Console()
     out.print(machine.describe())
     out.print(table)
+    out.print(_steps(rows, parts, f"fourfold {scheme}"))
     for label, size in weights.items():
         limit = f"{bandwidth / size:.1f} tokens/s at batch 1"
         out.print(f"{label}: {size / 1e6:.0f} MB of weights a token; at {bandwidth / 1e9:.1f} GB/s read: {limit}")

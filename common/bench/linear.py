@@ -9,13 +9,57 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
 
+from fourfold.common.errors import FourfoldError
+
 SHAPES = ("2560x2048", "2048x2048", "11264x2048", "2048x5632")  # the 1B Llama's projections, fused as engines do
 WORKING_SET = 400 << 20  # bytes of BF16 weights to cycle through
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median microseconds of ``x W^T`` for one weight ``[N, K]`` and ``batch`` rows of x."""
+
+    weight: tuple[int, int]
+    batch: int
+    bf16_us: float
+    nvfp4_us: float
+
+
+def measure(shape: tuple[int, int], batches: Sequence[int], backend: str, scheme: str, rounds: int) -> list[Timing]:
+    """Time a layer ``[N, K]`` in torch's BF16 and in NVFP4, turn by turn.
+
+    Raises:
+        FourfoldError: the backend is unknown.
+    """
+    import torch
+
+    from fourfold.common.quant.backends import BACKENDS, Scheme
+    from fourfold.common.quant.linear import NvFp4Linear
+    from fourfold.common.quant.quantizer import quantize_weight
+
+    if backend not in BACKENDS:
+        raise FourfoldError(f"--backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    n, k = shape
+    copies = max(2, WORKING_SET // (2 * n * k))
+    plain = [torch.randn(n, k).to(torch.bfloat16) for _ in range(copies)]
+    quantised = [quantize_weight(weight, name=f"{n}x{k}", method="absmax") for weight in plain]
+    packed = [BACKENDS[backend].prepare(NvFp4Linear.from_shards([weight]), Scheme(scheme)) for weight in quantised]
+    found = []
+    for batch in batches:
+        x = torch.randn(batch, k).to(torch.bfloat16)
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds + 1):  # the first turn warms up
+            times[0].append(_seconds(lambda i, x=x: torch.nn.functional.linear(x, plain[i]), copies))
+            times[1].append(_seconds(lambda i, x=x: packed[i](x), copies))
+        bf16, nvfp4 = (statistics.median(t[1:]) * 1e6 for t in times)
+        found.append(Timing(shape, batch, bf16, nvfp4))
+    return found
 
 
 def linear(
@@ -29,18 +73,11 @@ def linear(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time of a linear layer in NVFP4 against BF16, with the limit that the memory sets."""
-    import torch
     from rich.console import Console
     from rich.table import Table
 
     from fourfold.common.bench import machine
-    from fourfold.common.errors import FourfoldError
-    from fourfold.common.quant.backends import BACKENDS, Scheme
-    from fourfold.common.quant.linear import NvFp4Linear
-    from fourfold.common.quant.quantizer import quantize_weight
 
-    if backend not in BACKENDS:
-        raise FourfoldError(f"--backend {backend!r}: expected one of {', '.join(BACKENDS)}")
     bandwidth = machine.read_bandwidth()
     table = Table(
         title=f"NVFP4 {scheme}, backend {backend}, against torch BF16; memory read at {bandwidth / 1e9:.1f} GB/s"
@@ -53,25 +90,12 @@ def linear(
             n, k = (int(part) for part in size.split("x"))
         except ValueError:
             raise FourfoldError(f"--shape {size!r}: expected NxK, such as 2048x5632") from None
-        copies = max(2, WORKING_SET // (2 * n * k))
-        plain = [torch.randn(n, k).to(torch.bfloat16) for _ in range(copies)]
-        packed = [
-            BACKENDS[backend].prepare(
-                NvFp4Linear.from_shards([quantize_weight(w, name=size, method="absmax")]), Scheme(scheme)
-            )
-            for w in plain
-        ]
-        for rows_of_x in batch or (1, 2, 4, 8, 16, 32, 64, 256):
-            x = torch.randn(rows_of_x, k).to(torch.bfloat16)
-            times: tuple[list[float], list[float]] = ([], [])
-            for _ in range(rounds + 1):
-                times[0].append(_seconds(lambda i, x=x, w=plain: torch.nn.functional.linear(x, w[i]), copies))
-                times[1].append(_seconds(lambda i, x=x, w=packed: w[i](x), copies))
-            bf16, nvfp4 = (statistics.median(t[1:]) * 1e6 for t in times)
-            limit = n * k * 9 / 16 / bandwidth * 1e6
-            rows.append({"weight": size, "batch": rows_of_x, "bf16_us": bf16, "nvfp4_us": nvfp4, "limit_us": limit})
+        limit = n * k * 9 / 16 / bandwidth * 1e6
+        for timing in measure((n, k), batch or (1, 2, 4, 8, 16, 32, 64, 256), backend, scheme, rounds):
+            rows.append(asdict(timing) | {"weight": size, "limit_us": limit})
+            bf16, nvfp4 = timing.bf16_us, timing.nvfp4_us
             cells = f"{bf16:.0f}", f"{nvfp4:.0f}", f"{bf16 / nvfp4:.2f}", f"{limit:.0f}", f"{limit / nvfp4:.0%}"
-            table.add_row(size, str(rows_of_x), *cells)
+            table.add_row(size, str(timing.batch), *cells)
     if as_json:
         typer.echo(json.dumps({"machine": machine.describe(), "bandwidth": bandwidth, "rows": rows}, indent=1))
         return

@@ -22,11 +22,13 @@ LLAMA_KINDS = ("BF16", "Q8_0", "Q4_0", "NVFP4")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _is_projection(name: str) -> bool:
+def is_projection(name: str) -> bool:
+    """Whether a tensor is the weight of a linear layer inside the decoder."""
     return name.endswith(".weight") and name.split(".")[-2] in _PROJECTIONS
 
 
-def _headers(model: Path) -> Iterator[tuple[str, list[int]]]:
+def headers(model: Path) -> Iterator[tuple[str, list[int]]]:
+    """Yield name and shape of every tensor."""
     from safetensors import safe_open
 
     for shard in sorted(model.glob("*.safetensors")):
@@ -38,11 +40,11 @@ def _headers(model: Path) -> Iterator[tuple[str, list[int]]]:
 def bytes_per_token(model: Path) -> dict[str, int]:
     """Bytes of weights that one decoded token reads, for BF16 and NVFP4 (the head is BF16 in both)."""
     linear = head = embedding = 0
-    for name, shape in _headers(model):
+    for name, shape in headers(model):
         size = 1
         for extent in shape:
             size *= extent
-        if _is_projection(name):
+        if is_projection(name):
             linear += size
         elif "lm_head" in name:
             head = size
@@ -64,8 +66,8 @@ def int4_checkpoint(model: Path) -> Path:
     out = cache_dir() / "bench" / f"{model.name}-int4-g{GROUP}"
     if out.exists():
         return out
-    for name, shape in _headers(model):
-        if _is_projection(name) and shape[1] % GROUP:
+    for name, shape in headers(model):
+        if is_projection(name) and shape[1] % GROUP:
             raise FourfoldError(f"{name}: inner dimension {shape[1]} is no multiple of the group, {GROUP}")
     part = out.with_suffix(".partial")
     shutil.rmtree(part, ignore_errors=True)
@@ -76,7 +78,7 @@ def int4_checkpoint(model: Path) -> Path:
         with safe_open(shard, "pt") as source:
             for name in source.keys():  # noqa: SIM118
                 weight = source.get_tensor(name)
-                if not _is_projection(name):
+                if not is_projection(name):
                     tensors[name] = weight
                     continue
                 rows, columns = weight.shape

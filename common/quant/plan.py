@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def plan_for(
     config: Mapping[str, Any] | None,
     settings: QuantSettings,
     fused: Mapping[str, Sequence[str]] | None = None,
+    rename: Callable[[list[str]], list[str]] | None = None,
 ) -> LayerPlan:
     """Return the plan.
 
@@ -29,6 +31,7 @@ def plan_for(
         config: ``quantization_config`` of the model's ``config.json``; ModelOpt may keep it in a file of its own.
         settings: the user's options.
         fused: the engine's map of fused module names.
+        rename: turns names of the checkpoint's modules into the engine's.
 
     Raises:
         FourfoldError: the checkpoint's format is not served, or the statistics that the settings name are unusable.
@@ -40,6 +43,8 @@ def plan_for(
         except json.JSONDecodeError as error:
             raise FourfoldError(f"{beside} is not JSON: {error}") from None
     source = read_source(config)
+    if rename is not None:
+        source = replace(source, ignore=tuple(rename(list(source.ignore))))
     found: Importance | None = None
     origin = None
     if not source.is_nvfp4 and settings.importance != "none":

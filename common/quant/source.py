@@ -7,8 +7,8 @@ the keys of either vocabulary means that vocabulary; alone it asks for quantisat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -77,10 +77,6 @@ class Source:
             if any(target == "Linear" or matches(name, target, subtree=False) for target in group.targets):
                 return group.scheme
         return None
-
-    def with_names(self, ignore: Iterable[str]) -> Source:
-        """The same declaration under the module names of an engine."""
-        return replace(self, ignore=tuple(ignore))
 
 
 def read_source(config: Mapping[str, Any] | None) -> Source:

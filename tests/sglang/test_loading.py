@@ -9,20 +9,33 @@ from pathlib import Path
 
 import engine_checks
 import pytest
+from engine_cases import (  # noqa: F401
+    FEW,
+    Start,
+    test_a_checkpoint_that_names_fourfold_needs_no_flag_and_splits_over_ranks,
+    test_bad_settings_stop_the_engine_with_a_clear_line,
+    test_fused_shards_keep_their_global_scales_where_the_stock_rule_is_wrong,
+    test_quantises_while_loading_over_two_ranks_with_bias,
+    test_w4a4_checkpoint_of_modelopt_layout,
+)
 
 from fourfold.common import compat
 from fourfold.common.errors import FourfoldError
-from fourfold.common.quant.backends import Scheme
-from fourfold.common.quant.checkpoint.convert import Options, convert
 from fourfold.common.serving import EngineServer
 
 ARGUMENTS = ["--dtype", "bfloat16", "--context-length", "128", "--max-total-tokens", "1024"]
-FLAG = ["--quantization", "fourfold_nvfp4"]
-FEW = engine_checks.QUESTIONS[:5]
 
 
-def start(model: Path, tmp_path: Path, *arguments: str, env: dict[str, str] | None = None) -> EngineServer:
-    return EngineServer("sglang", str(model), tmp_path / "log", [*ARGUMENTS, *arguments], env or {})
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    def server(model: Path, *arguments: str, ranks: int = 1, settings: dict[str, object] | None = None) -> EngineServer:
+        more = ["--tp-size", str(ranks)] if ranks > 1 else []
+        env = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
+        if settings is not None:
+            env["FOURFOLD_CONFIG"] = json.dumps(settings)
+        return EngineServer("sglang", str(model), tmp_path / "log", [*ARGUMENTS, *arguments, *more], env)
+
+    return server
 
 
 def test_seams() -> None:
@@ -30,53 +43,8 @@ def test_seams() -> None:
     assert root is not None and compat.check("sglang", root) == {}
 
 
-def test_quantises_while_loading_over_two_ranks_with_bias(tiny_bias: Path, tmp_path: Path) -> None:
-    two = ("--tp-size", "2")
-    with start(tiny_bias, tmp_path, *FLAG, *two, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as server:
-        answers = engine_checks.ask(server, tiny_bias, FEW, 16)
-        lines = engine_checks.fourfold_lines(server)
-    engine_checks.check(answers, engine_checks.quantised_while_loading(tiny_bias))
-    served = [line for line in lines if line.startswith("fourfold: nvfp4")]
-    assert len(served) == 2 and "for 8 layers" in served[0]
-
-
-def test_w4a4_checkpoint_of_modelopt_layout(cut: Path, tmp_path: Path) -> None:
-    convert(cut, tmp_path / "made", Options(format="modelopt", scheme=Scheme.W4A4))
-    engine_checks.saturate(tmp_path / "made")
-    with start(tmp_path / "made", tmp_path, *FLAG) as server:
-        answers = engine_checks.ask(server, cut, FEW, 16)
-        lines = engine_checks.fourfold_lines(server)
-    engine_checks.check_w4a4(answers, tmp_path / "made", cut)
-    assert any(line.startswith("fourfold: nvfp4 w4a4, backend cpu") for line in lines)
-
-
-def test_a_checkpoint_that_names_fourfold_needs_no_flag_and_splits_over_ranks(tiny: Path, tmp_path: Path) -> None:
-    convert(tiny, tmp_path / "made", Options(format="fourfold"))
-    two = ("--tp-size", "2")
-    with start(tmp_path / "made", tmp_path, *two, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as server:
-        answers = engine_checks.ask(server, tiny, FEW, 16)
-    engine_checks.check(answers, engine_checks.reference_model(tmp_path / "made", tiny))
-
-
-def test_fused_shards_keep_their_global_scales_where_the_stock_rule_is_wrong(tiny: Path, tmp_path: Path) -> None:
-    made = engine_checks.own_scales(tiny, tmp_path / "made")
-    with start(made, tmp_path, *FLAG) as server:
-        answers = engine_checks.ask(server, tiny, FEW, 16)
-    engine_checks.check(answers, engine_checks.reference_model(made, tiny))
-    stock = engine_checks.collapse(engine_checks.reference_model(made, tiny), made)
-    with pytest.raises(AssertionError):
-        engine_checks.check(answers, stock)
-
-
-def test_bad_settings_stop_the_engine_with_a_clear_line(cut: Path, tmp_path: Path) -> None:
-    server = start(cut, tmp_path, *FLAG, env={"FOURFOLD_CONFIG": json.dumps({"quant": {"scale": "sweep"}})})
-    with pytest.raises(FourfoldError, match="sglang ended with status"), server:
-        pass
-    assert "FOURFOLD_CONFIG: quant: unknown key 'scale'; did you mean 'scales'?" in server.log.read_text()
-
-
-def test_platform_refuses_what_it_cannot_run(cut: Path, tmp_path: Path) -> None:
-    server = start(cut, tmp_path, "--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "4")
+def test_platform_refuses_what_it_cannot_run(start: Start, cut: Path) -> None:
+    server = start(cut, "--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "4")
     with pytest.raises(FourfoldError, match="sglang ended with status"), server:
         pass
     assert "--speculative-algorithm NGRAM does not run on fourfold_cpu" in server.log.read_text()
@@ -85,9 +53,9 @@ def test_platform_refuses_what_it_cannot_run(cut: Path, tmp_path: Path) -> None:
 def test_installed_but_unused_changes_nothing(cut: Path, tmp_path: Path) -> None:
     """The platform is fourfold's in both runs, for SGLang runs on no other here; the plugin is on and off."""
     found = []
-    for number, plugins in enumerate(("fourfold", "none")):
-        (tmp_path / str(number)).mkdir()
-        with start(cut, tmp_path / str(number), env={"SGLANG_PLUGINS": plugins}) as server:
+    for plugins in ("fourfold", "none"):
+        server = EngineServer("sglang", str(cut), tmp_path / plugins, ARGUMENTS, {"SGLANG_PLUGINS": plugins})
+        with server:
             answers = engine_checks.ask(server, cut, FEW, 16)
             assert not [line for line in engine_checks.fourfold_lines(server) if "nvfp4 w4" in line]
         found.append([(answer.tokens, answer.logprobs) for answer in answers])
