@@ -1,37 +1,60 @@
-"""What fourfold registers with vLLM: the quantisation method ``fourfold_nvfp4``, through vLLM's own registry.
+"""What fourfold registers with vLLM, through vLLM's and transformers' own registries.
 
-`register` is the entry point of ``vllm.general_plugins``: vLLM calls it in every process, for every model. It patches
-nothing, may be called again, never raises, and logs one line: that it registered, or what is missing and how to fix it.
+- The quantisation method ``fourfold_nvfp4``.
+- The draft model class ``FourfoldMTP`` and the config classes of draft directories; both are imported when used. On a
+  CPU this patches one function, vLLM's ``expand`` kernel of speculative sampling (`cpu_sampling`).
+
+`register` is the entry point of ``vllm.general_plugins``: vLLM calls it in every process, for every model. It may be
+called again, never raises, and logs one line: that it registered; and one for each feature that it could not register,
+with what is missing and how to fix it.
 """
 
 from __future__ import annotations
 
 import logging
 
-_done = False
+_done: set[str] = set()
 
 
 def register() -> bool:
-    """Register with the vLLM of this process; returns whether fourfold's methods are available."""
-    global _done
+    """Register with the vLLM of this process; returns whether all features are available."""
     log = logging.getLogger("vllm.fourfold")  # vLLM prints records below its own logger only
-    try:
-        from fourfold.common.settings import disabled
+    features = {"--quantization fourfold_nvfp4": _quantisation, "MTP heads": _mtp}
+    for feature, add in features.items():
+        try:
+            from fourfold.common.settings import disabled
 
-        if disabled():
-            return False
-        if not _done:
-            from fourfold.vllm_ext.quant_config import FourfoldNvfp4Config
+            if disabled():
+                return False
+            if feature not in _done:
+                add(log)
+                _done.add(feature)
+        except Exception as error:
+            # vLLM ends the process when a plugin raises, also where nobody asked for fourfold.
+            log.warning(
+                "fourfold: %s: off, vLLM goes on without it: %s: %s. `fourfold doctor` shows which vLLM versions fit; "
+                "FOURFOLD_DISABLE=1 silences this",
+                feature,
+                type(error).__name__,
+                error,
+            )
+    return _done == set(features)
 
-            log.info("fourfold: registered --quantization %s", FourfoldNvfp4Config.get_name())
-            _done = True
-        return True
-    except Exception as error:
-        # vLLM ends the process when a plugin raises, also where nobody asked for fourfold.
-        log.warning(
-            "fourfold is off, vLLM goes on without it: %s: %s. `fourfold doctor` shows which vLLM versions fit; "
-            "FOURFOLD_DISABLE=1 silences this",
-            type(error).__name__,
-            error,
-        )
-        return False
+
+def _quantisation(log: logging.Logger) -> None:
+    from fourfold.vllm_ext.quant_config import FourfoldNvfp4Config
+
+    log.info("fourfold: registered --quantization %s", FourfoldNvfp4Config.get_name())
+
+
+def _mtp(log: logging.Logger) -> None:
+    from transformers import AutoConfig
+    from vllm.model_executor.models import ModelRegistry
+
+    from fourfold.vllm_ext.cpu_sampling import repair
+    from fourfold.vllm_ext.mtp_config import FourfoldMlaMtpConfig, FourfoldMtpConfig
+
+    for config in (FourfoldMtpConfig, FourfoldMlaMtpConfig):
+        AutoConfig.register(config.model_type, config)
+    ModelRegistry.register_model("FourfoldMTP", "fourfold.vllm_ext.mtp_model:FourfoldMTP")
+    repair()

@@ -1,0 +1,46 @@
+"""A repair of speculative sampling on CPUs: vLLM's ``expand`` kernel for them computes into a copy and drops it.
+
+Temperature, top-k and top-p of the tokens to verify then come from uninitialised memory, and sampled output does not
+follow the target (vLLM issue 55005). Greedy decoding, and decoding without speculation, do not call the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.platforms import current_platform
+
+
+def expand(
+    output: Tensor,
+    input_val: Tensor,
+    cu_num_tokens: Tensor,
+    replace_from: Any,
+    replace_to: Any,
+    MAX_NUM_TOKENS: int = 0,
+) -> None:
+    """Repeat each request's value for each of its tokens.
+
+    Args:
+        output: [T], written.
+        input_val: [B], of the same dtype.
+        cu_num_tokens: [B] integer, tokens of the requests up to and including each.
+        replace_from: value that becomes ``replace_to``.
+        MAX_NUM_TOKENS: of the Triton kernel; unused.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    value = torch.where(input_val == replace_from, replace_to, input_val)
+    output.copy_(torch.repeat_interleave(value, counts))
+
+
+def repair() -> None:
+    """Put `expand` where vLLM's CPU platform takes its kernel from.
+
+    Not by ``register_kernels``: each worker registers the platform's kernels after it has loaded the plugins.
+    """
+    if current_platform.is_cpu():
+        from vllm.utils import cpu_triton_utils
+
+        cpu_triton_utils._expand_kernel_impl = expand

@@ -1,0 +1,274 @@
+"""``FourfoldMTP``: the MTP head that a draft directory describes, around the target's own decoder layer.
+
+vLLM's V1 model runner drafts with the first module alone; its V2 runner uses one after the other, and again from the
+first where it drafts more tokens than there are modules. Both share the target's embedding and output head unless the
+head has its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader import get_model_cls
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, get_draft_quant_config, maybe_prefix
+
+from fourfold.common.errors import FourfoldError
+from fourfold.common.log import get_logger
+from fourfold.common.mtp.formats import PLAIN
+from fourfold.common.mtp.head import BLOCK, Formula, MtpHead
+
+# Fused modules of vLLM's layers, as packed_modules_mapping says them; a target's own mapping comes on top.
+FUSED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+}
+
+
+def decoder_layer(target: type) -> type[nn.Module]:
+    """The decoder layer class of a model class: the one ``*DecoderLayer`` of its module or of a base class's module.
+
+    Raises:
+        FourfoldError: there is none, or more than one; names what was found.
+    """
+    for base in target.__mro__:
+        defined = vars(sys.modules[base.__module__]).values()
+        layers = {c for c in defined if isinstance(c, type) and c.__name__.endswith("DecoderLayer")}
+        layers = {c for c in layers if c.__module__ == base.__module__}
+        if len(layers) == 1:
+            return layers.pop()
+        if layers:
+            names = ", ".join(sorted(c.__name__ for c in layers))
+            raise FourfoldError(f"{target.__name__} has layers of several kinds ({names}); FourfoldMTP knows one kind")
+    raise FourfoldError(
+        f"{target.__module__} has no class *DecoderLayer for FourfoldMTP to build a head of {target.__name__} with"
+    )
+
+
+def _arguments(function: Callable[..., Any], offered: dict[str, Any], name: str) -> dict[str, Any]:
+    """Those of ``offered`` that ``function`` takes.
+
+    Raises:
+        FourfoldError: it needs another one.
+    """
+    parameters = [
+        p for p in inspect.signature(function).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in (*offered, "self")]
+    if missing:
+        raise FourfoldError(f"{name} needs {', '.join(missing)}, which FourfoldMTP does not know")
+    return {p.name: offered[p.name] for p in parameters if p.name in offered}
+
+
+def used_modules(vllm_config: VllmConfig, head: MtpHead) -> int:
+    """How many modules the model runner uses."""
+    return min(len(head.modules), vllm_config.num_speculative_tokens) if vllm_config.use_v2_model_runner else 1
+
+
+def _one_module(vllm_config: VllmConfig) -> bool:
+    head = MtpHead.from_config(vllm_config.model_config.hf_config.fourfold_mtp)
+    return used_modules(vllm_config, head) == 1
+
+
+# Compiled modules cannot share a process's compile cache, so several run eagerly, as those of vLLM do.
+@support_torch_compile(
+    dynamic_arg_dims={"positions": -1, "hidden_states": 0, "inputs_embeds": 0}, enable_if=_one_module
+)
+class _Module(nn.Module):
+    """One MTP module; ``prefix`` is that of a decoder layer."""
+
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str, formula: Formula, roles: Iterable[str], layer: type
+    ) -> None:
+        super().__init__()
+        config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
+        self.formula = formula
+        size = config.hidden_size
+
+        def norm() -> nn.Module:
+            return (GemmaRMSNorm if formula.unit_offset_norm else RMSNorm)(size, eps=config.rms_norm_eps)
+
+        def linear(role: str, columns: int) -> nn.Module:
+            name = f"{prefix}.{role}"
+            return ReplicatedLinear(
+                columns, size, bias=False, quant_config=quant_config, prefix=name, return_bias=False
+            )
+
+        self.enorm, self.hnorm = norm(), norm()
+        self.norm = norm() if "norm" in roles else nn.Identity()
+        self.split = "e_proj" in roles
+        if self.split:
+            self.e_proj, self.h_proj = linear("e_proj", size), linear("h_proj", size)
+        else:
+            self.eh_proj = linear("eh_proj", 2 * size)
+        offered = {
+            "vllm_config": vllm_config,
+            "model_config": vllm_config.model_config,
+            "cache_config": vllm_config.cache_config,
+            "parallel_config": vllm_config.parallel_config,
+            "config": config,
+            "quant_config": quant_config,
+            "prefix": prefix,
+            "layer_idx": int(prefix.rpartition(".")[2]),
+        }
+        self.block = layer(**_arguments(layer.__init__, offered, layer.__name__))
+        inputs = {"positions": None, "hidden_states": None, "residual": None}
+        self.extra = _arguments(layer.forward, inputs, f"{layer.__name__}.forward").keys() & {"residual"}
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, inputs_embeds: Tensor) -> Tensor:
+        formula = self.formula
+        if formula.mask_first_position:
+            first = positions if positions.ndim == 1 else positions[0]
+            inputs_embeds = torch.where(first.unsqueeze(-1) == 0, 0, inputs_embeds)
+        embedding, hidden = self.enorm(inputs_embeds), self.hnorm(hidden_states)
+        if self.split:
+            x = self.e_proj(embedding) + self.h_proj(hidden)
+        else:
+            x = self.eh_proj(torch.cat([embedding, hidden] if formula.embedding_first else [hidden, embedding], -1))
+        out = self.block(positions=positions, hidden_states=x, **dict.fromkeys(self.extra))
+        x = out[0] + out[1] if isinstance(out, tuple) else out
+        if x.shape[0] != positions.shape[-1]:  # a layer of sequence-parallel experts returns a part for each rank
+            x = tensor_model_parallel_all_gather(x, 0)[: positions.shape[-1]]
+        return self.norm(x) if formula.feedback == "post_norm" else x
+
+
+class FourfoldMTP(nn.Module):
+    """The head of a draft directory that ``fourfold mtp extract`` wrote."""
+
+    model: Any
+    lm_head: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        assert vllm_config.speculative_config is not None
+        target, draft = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
+        self.config = config = draft.hf_config
+        self.head = head = MtpHead.from_config(getattr(config, "fourfold_mtp", None))
+        target_class = get_model_cls(target)
+        self.fused = FUSED | getattr(target_class, "packed_modules_mapping", {})
+        # vLLM hands the target's model config and quantisation over.
+        vllm_config = copy.copy(vllm_config)
+        vllm_config.quant_config = self.quant_config = get_draft_quant_config(vllm_config)
+        vllm_config.model_config = draft
+        if self.quant_config is not None:
+            self.quant_config.packed_modules_mapping = self.fused
+        self._check(vllm_config, target)
+        self.count = used_modules(vllm_config, head)
+        if self.count < len(head.modules):
+            get_logger(__name__).info("fourfold: %d of %d MTP modules draft", self.count, len(head.modules))
+        layer = decoder_layer(target_class)
+        roles = head.modules[0].roles
+        prefix = maybe_prefix(prefix, "model")
+        self.model = nn.Module()
+        with set_current_vllm_config(vllm_config, prefix=prefix):
+            self.model.layers = nn.ModuleList(
+                _Module(
+                    vllm_config=vllm_config,
+                    prefix=f"{prefix}.layers.{head.target_layers + i}",
+                    formula=head.formula,
+                    roles=module.roles,
+                    layer=layer,
+                )
+                for i, module in enumerate(head.modules[: self.count])
+            )
+            # vLLM shares the target's where these are absent.
+            if "embedding" in roles:
+                self.has_own_embed_tokens = True
+                self.model.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+            if "head" in roles:
+                self.has_own_lm_head = True
+                self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix="lm_head")
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def _check(self, vllm_config: VllmConfig, target: Any) -> None:
+        head, text = self.head, target.hf_text_config
+        if head.limits or head.formula.target_embedding_norm:
+            raise FourfoldError(f"FourfoldMTP does not compute this head: {head.limits or 'target_embedding_norm'}")
+        if (text.num_hidden_layers, text.hidden_size) != (head.target_layers, head.hidden_size):
+            raise FourfoldError(
+                f"{self.config.name_or_path} is the head of a model of {head.target_layers} layers and hidden size "
+                f"{head.hidden_size}; {target.model} has {text.num_hidden_layers} and {text.hidden_size}"
+            )
+        for role in ("head", "embedding"):
+            found = head.modules[0].formats.get(role, "bf16")
+            if found not in PLAIN.values():
+                raise FourfoldError(f"the MTP head's own {role} is stored as {found}; FourfoldMTP takes it unquantised")
+        parallel = vllm_config.parallel_config
+        if parallel.pipeline_parallel_size > 1 and "embedding" not in head.modules[0].roles:
+            raise FourfoldError("FourfoldMTP needs the target's embedding: use --pipeline-parallel-size 1")
+        if parallel.enable_eplb:
+            raise FourfoldError("FourfoldMTP does not move experts: leave out --enable-eplb")
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        hidden_states: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        spec_step_idx: int = 0,
+    ) -> Tensor:
+        """One draft step.
+
+        Args:
+            input_ids: [T] the tokens after ``positions``.
+            positions: [T], or [3, T] with multimodal rotary embedding.
+            hidden_states: [T, hidden] of the target or of the step before, at ``positions``.
+            spec_step_idx: the step, hence the module.
+
+        Returns:
+            [T, hidden] that the next step takes, and `compute_logits`.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(input_ids)
+        module = self.model.layers[spec_step_idx % self.count]
+        return module(positions=positions, hidden_states=hidden_states, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor | None:
+        """[T, vocabulary] of what `forward` returned."""
+        if self.head.formula.feedback == "pre_norm":
+            hidden_states = self.model.layers[spec_step_idx % self.count].norm(hidden_states)
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load what the head's description places; the draft directory's shards hold tensors of the target too."""
+        stacked: dict[str, tuple[str, Any]] = {}
+        for name, module in self.named_modules():
+            parent, _, last = name.rpartition(".")
+            for i, shard in enumerate(self.fused.get(last, ())):
+                part = "qkv"[i] if isinstance(module, QKVParallelLinear) else i
+                stacked[f"{parent}.{shard}."] = (f"{name}.", part)
+        return AutoWeightsLoader(self).load_weights(
+            self._named(weights), mapper=WeightsMapper(orig_to_new_stacked=stacked)
+        )
+
+    def _named(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        own: dict[tuple[str, str], Tensor] = {}
+        for name, weight in weights:
+            for i, role, rest in self.head.locate(name):
+                if i >= self.count:
+                    continue
+                if role not in ("head", "embedding"):
+                    part = BLOCK if role == BLOCK else role
+                    yield f"model.layers.{i}.{part}.{rest}", weight
+                elif (role, rest) not in own:
+                    own[role, rest] = weight
+                    yield f"{'lm_head' if role == 'head' else 'model.embed_tokens'}.{rest}", weight
+                elif not torch.equal(own[role, rest], weight):
+                    raise FourfoldError(f"{name} differs from that of another module; FourfoldMTP has one {role}")
