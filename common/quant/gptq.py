@@ -25,6 +25,7 @@ def quantize_gptq(
     name: str,
     method: str = "sweep",
     importance: Tensor | None = None,
+    global_scale: Tensor | None = None,
     damping: float = DAMPING,
 ) -> NvFp4Tensor:
     """Quantise one matrix with error feedback.
@@ -32,13 +33,13 @@ def quantize_gptq(
     Args:
         weight: ``[N, K]``.
         hessian: float32 ``[K, K]``, mean of ``x x^T`` of the layer's inputs.
-        name, method, importance: as in `quantize_weight`.
+        name, method, importance, global_scale: as in `quantize_weight`.
         damping: share of the mean diagonal that is added to the diagonal.
 
     Raises:
         FourfoldError: as `quantize_weight`, or the Hessian does not fit or is not positive definite.
     """
-    start = quantize_weight(weight, name=name, method=method, importance=importance)
+    start = quantize_weight(weight, name=name, method=method, importance=importance, global_scale=global_scale)
     columns = weight.shape[1]
     if tuple(hessian.shape) != (columns, columns):
         raise FourfoldError(f"{name}: expected a Hessian of {[columns, columns]}, got {list(hessian.shape)}")

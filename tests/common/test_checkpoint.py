@@ -160,6 +160,51 @@ def test_weighted_scales_lower_the_weighted_error(smollm2: Path, smollm2_nvfp4: 
         assert loss(smollm2_nvfp4, name) < 0.7 * loss(tmp_path / "absmax", name)
 
 
+def test_gptq_lowers_the_error_of_the_outputs_and_resumes(cut: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text((Path(json.__file__).parent / "decoder.py").read_text())
+    with pytest.raises(FourfoldError, match="--gptq needs the activations of real text"):
+        convert(cut, tmp_path / "none", Options(gptq=True))
+    seen: dict[str, torch.Tensor] = {}
+    ignore = ("layers[.]1",)
+    layers = choose(Checkpoint(cut), read_source(None), ignore).quantised
+    tokens, _ = calibrate.calibration_tokens(Checkpoint(cut), text)
+    calibrate.collect(Checkpoint(cut), layers, tokens, "", visit=seen.__setitem__)
+    errors = {}
+    for gptq in (False, True):
+        report = convert(cut, tmp_path / str(gptq), Options(calibration=text, ignore=ignore, gptq=gptq))
+        assert report.fed == (len(layers) if gptq else 0) and not (tmp_path / str(gptq) / "gptq").exists()
+        made, total = Checkpoint(tmp_path / str(gptq)), 0.0
+        for name in layers:
+            weight = vocabulary.read_layer(made, name, Layout.COMPRESSED_TENSORS)[0].dequantize()
+            original = Checkpoint(cut).tensor(f"{name}.weight").float()
+            total += float(((weight - original) @ seen[name].t()).norm() / (original @ seen[name].t()).norm())
+        errors[gptq] = total / len(layers)
+    assert errors[True] < 0.9 * errors[False], errors
+    # A run killed after the layers were fed back goes on with them.
+    fed = tmp_path / "again.partial" / "gptq"
+
+    def stop(text: str, done: float) -> None:
+        if fed.is_dir() and len(list(fed.iterdir())) == len(layers):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(cut, tmp_path / "again", Options(calibration=text, ignore=ignore, gptq=True), stop)
+    before = {path.name: path.stat().st_mtime_ns for path in fed.iterdir()}
+    finished: list[dict[str, int]] = []
+    convert(
+        cut,
+        tmp_path / "again",
+        Options(calibration=text, ignore=ignore, gptq=True),
+        lambda *_: finished.append({path.name: path.stat().st_mtime_ns for path in fed.iterdir()}),
+    )
+    assert len(before) == len(layers) and finished[-1] == before
+    assert (
+        load_file(tmp_path / "again" / "model.safetensors").keys()
+        == load_file(tmp_path / "True" / "model.safetensors").keys()
+    )
+
+
 def test_a_killed_run_leaves_nothing_and_resumes(tiny: Path, tmp_path: Path) -> None:
     out, part = tmp_path / "out", tmp_path / "out.partial"
     slow = f"""

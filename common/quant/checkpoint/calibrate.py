@@ -22,6 +22,7 @@ from fourfold.common.tensor_index import FLOATS, FP8
 
 TEXT_TOKENS, TEXT_LENGTH = 4096, 512
 Note = Callable[[str], None]
+Visit = Callable[[str, Tensor], None]
 
 
 def calibration_tokens(checkpoint: Checkpoint, text: Path | None) -> tuple[Tensor, str]:
@@ -61,12 +62,14 @@ def collect(
     origin: str,
     block: tuple[int, int] | None = None,
     note: Note = lambda text: None,
+    visit: Visit | None = None,
 ) -> tuple[Importance, list[str]]:
     """Run the model over ``tokens`` and return the statistics of ``layers``, and those that saw no token.
 
     Args:
         block: of FP8 block scales in the checkpoint.
         note: told what runs.
+        visit: told each of ``layers`` as it runs, with its input, float32 ``[tokens, K]``.
 
     Raises:
         FourfoldError: transformers is missing or does not know the architecture.
@@ -94,6 +97,9 @@ def collect(
         _stream(model, body, prefix, checkpoint, block, note)
     modules = dict(model.named_modules())
     observed = {name: modules[name] for name in layers if isinstance(modules.get(name), nn.Linear)}
+    for name, module in observed.items():
+        if visit is not None:
+            module.register_forward_pre_hook(lambda _, x, name=name: visit(name, x[0].flatten(0, -2).float()))
     with torch.inference_mode(), Collector(observed) as collector:
         body.eval()(tokens, use_cache=False)
     return collector.result(origin)

@@ -23,6 +23,12 @@ def quantize(
     calibration: Annotated[
         Path | None, typer.Option(help="Text file whose activations weight the sweep, instead of random tokens.")
     ] = None,
+    gptq: Annotated[
+        bool,
+        typer.Option(
+            help="Feed rounding errors forward by each layer's Hessian (GPTQ): slower; use text of your domain."
+        ),
+    ] = False,
     format: Annotated[
         str, typer.Option(help="compressed-tensors, modelopt, or fourfold (served by fourfold without a flag).")
     ] = "compressed-tensors",
@@ -40,7 +46,7 @@ def quantize(
 
     if scheme not in [s.value for s in Scheme]:
         raise FourfoldError(f"--scheme {scheme!r}: expected one of {', '.join(s.value for s in Scheme)}")
-    options = Options(scales, importance, calibration, format, Scheme(scheme), tuple(ignore or ()))
+    options = Options(scales, importance, calibration, format, Scheme(scheme), tuple(ignore or ()), gptq)
     console = Console(stderr=True)
     columns = TextColumn("{task.percentage:>3.0f}%"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -51,6 +57,8 @@ def quantize(
         f"wrote {out}: {len(report.choice.quantised)} layers in NVFP4 ({scheme}, {format}, scales {scales}), "
         f"{report.bytes_after / 1e6:.0f} MB, {ratio:.2f} times smaller"
     )
+    if gptq:
+        typer.echo(f"GPTQ error feedback in {report.fed} of them")
     kinds = Counter((name.rpartition(".")[2], reason) for name, reason in report.choice.kept.items())
     for (kind, reason), count in kinds.items():
         typer.echo(f"kept in its dtype: {kind} ({count}): {reason}")

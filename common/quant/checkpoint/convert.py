@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fourfold.common.errors import FourfoldError
@@ -26,7 +27,9 @@ from fourfold.common.quant.backends.base import Scheme
 from fourfold.common.quant.checkpoint import calibrate, vocabulary
 from fourfold.common.quant.checkpoint.layers import Choice, choose, fused_with
 from fourfold.common.quant.checkpoint.reader import Checkpoint
+from fourfold.common.quant.gptq import quantize_gptq
 from fourfold.common.quant.importance import FILE, Importance, load_importance, save_importance, write_tensors
+from fourfold.common.quant.nvfp4 import NvFp4Tensor
 from fourfold.common.quant.plan import MODELOPT_FILE
 from fourfold.common.quant.quantizer import quantize_weight
 from fourfold.common.quant.source import Layout, Source, read_source
@@ -34,6 +37,7 @@ from fourfold.common.settings import SCALE_METHODS
 from fourfold.common.tensor_index import FP8, INDEX, read_header, read_json
 
 STATE = "fourfold_state.json"
+GPTQ = "gptq"  # folder of layers that error feedback has quantised, a file each
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".stats"}
 Note = Callable[[str, float], None]
 
@@ -49,6 +53,7 @@ class Options:
         format: a key of `vocabulary.FORMATS`.
         scheme: w4a16, or w4a4 with static input scales from the same activations.
         ignore: regular expressions of layers to leave alone.
+        gptq: feed rounding errors forward, by the Hessian of the same activations.
     """
 
     scales: str = "sweep"
@@ -57,6 +62,7 @@ class Options:
     format: str = "compressed-tensors"
     scheme: Scheme = Scheme.W4A16
     ignore: tuple[str, ...] = ()
+    gptq: bool = False
 
     def check(self) -> None:
         """Raise FourfoldError where options are unknown or exclude each other."""
@@ -67,14 +73,18 @@ class Options:
             raise FourfoldError(f"--calibration makes its own statistics; drop --importance {self.importance}")
         if self.scheme is Scheme.W4A4 and self.importance == "none":
             raise FourfoldError("--scheme w4a4 needs activations for its input scales; drop --importance none")
+        if self.gptq and self.calibration is None:
+            raise FourfoldError("--gptq needs the activations of real text; give some with --calibration")
 
 
 @dataclass
 class Report:
-    """What was done: layers quantised, layers kept with the reason, layers without statistics of their own."""
+    """What was done: layers quantised, layers kept with the reason, layers without statistics of their own, layers with
+    error feedback."""
 
     choice: Choice
     unseen: list[str] = field(default_factory=list)
+    fed: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
 
@@ -107,8 +117,8 @@ def convert(model: Path, out: Path, options: Options, note: Note = lambda text, 
     report = Report(choice)
     with _locked(part):
         _resume_or_restart(part, checkpoint, options)
-        statistics = _statistics(checkpoint, source, choice, options, part, report, note)
-        work = _Work(checkpoint, source, choice, options, statistics)
+        work = _Work(checkpoint, source, choice, options, part / GPTQ)
+        work.statistics = _statistics(checkpoint, source, choice, options, part, report, note, work.feed_back)
         try:
             for number, shard in enumerate(checkpoint.shards):
                 if not (part / shard).exists():
@@ -120,6 +130,8 @@ def convert(model: Path, out: Path, options: Options, note: Note = lambda text, 
             raise FourfoldError(f"{part}: writing failed: {error}; free some space and run this again") from None
         report.bytes_before = sum((model / shard).stat().st_size for shard in checkpoint.shards)
         report.bytes_after = sum((part / shard).stat().st_size for shard in checkpoint.shards)
+        report.fed = len(list((part / GPTQ).glob("*")))
+        shutil.rmtree(part / GPTQ, ignore_errors=True)
         (part / STATE).unlink()
         (part / ".lock").unlink()
         part.rename(out)
@@ -159,6 +171,7 @@ def _resume_or_restart(part: Path, checkpoint: Checkpoint, options: Options) -> 
     }
     path = part / STATE
     if not (path.is_file() and path.read_text() == json.dumps(state)):
+        shutil.rmtree(part / GPTQ, ignore_errors=True)
         for entry in part.iterdir():
             if entry.name != ".lock":
                 entry.unlink()
@@ -166,7 +179,14 @@ def _resume_or_restart(part: Path, checkpoint: Checkpoint, options: Options) -> 
 
 
 def _statistics(
-    checkpoint: Checkpoint, source: Source, choice: Choice, options: Options, part: Path, report: Report, note: Note
+    checkpoint: Checkpoint,
+    source: Source,
+    choice: Choice,
+    options: Options,
+    part: Path,
+    report: Report,
+    note: Note,
+    feed_back: calibrate.Visit,
 ) -> Importance | None:
     if options.importance == "none":
         return None
@@ -175,13 +195,18 @@ def _statistics(
         return load_importance(saved)
     if options.importance != "random":
         found = load_importance(Path(options.importance))
-    elif options.scales != "sweep" and options.scheme is Scheme.W4A16:
+    elif options.scales != "sweep" and options.scheme is Scheme.W4A16 and not options.gptq:
         return None  # nothing would use them
     else:
         note("statistics", 0.0)
         tokens, origin = calibrate.calibration_tokens(checkpoint, options.calibration)
+        visit = feed_back if options.gptq else None
+
+        def tell(name: str) -> None:
+            note(f"statistics: {name}", 0.0)
+
         found, report.unseen = calibrate.collect(
-            checkpoint, choice.quantised, tokens, origin, source.block, lambda name: note(f"statistics: {name}", 0.0)
+            checkpoint, choice.quantised, tokens, origin, source.block, tell, visit
         )
     missing = [name for name in choice.quantised if name not in found.mean_square]
     if missing and len(missing) == len(choice.quantised):
@@ -203,9 +228,10 @@ class _Work:
         source: Source,
         choice: Choice,
         options: Options,
-        statistics: Importance | None,
+        fed: Path,
     ) -> None:
-        self.checkpoint, self.source, self.options, self.statistics = checkpoint, source, options, statistics
+        self.checkpoint, self.source, self.options, self.fed = checkpoint, source, options, fed
+        self.statistics: Importance | None = None
         self.quantised = set(choice.quantised)
         self.layout = vocabulary.FORMATS[options.format][0]
         self._scales: dict[str, Tensor] = {}
@@ -228,15 +254,38 @@ class _Work:
                 tensors[tensor] = self.checkpoint.tensor(tensor)
         return tensors
 
-    def _layer(self, name: str) -> dict[str, Tensor]:
+    def feed_back(self, name: str, x: Tensor) -> None:
+        """Quantise the layer ``name`` by GPTQ and keep it in a file; ``x`` are its inputs, float32 ``[tokens, K]``."""
+        path = self.fed / name
+        if path.exists():
+            return
+        self.fed.mkdir(exist_ok=True)
+        hessian = x.t() @ x / len(x)
+        weight = quantize_gptq(
+            self.checkpoint.weight(name, self.source.block),
+            hessian,
+            name=name,
+            method=self.options.scales,
+            importance=hessian.diagonal() if self.options.scales == "sweep" else None,
+            global_scale=self._global_scale(name),
+        )
+        tensors = {"packed": weight.packed, "block_scales": weight.block_scales, "global_scale": weight.global_scale}
+        write_tensors(path, tensors, {})
+
+    def _quantised(self, name: str) -> NvFp4Tensor:
+        if (self.fed / name).exists():
+            return NvFp4Tensor(**load_file(self.fed / name))
         importance = self.statistics.mean_square.get(name) if self.statistics else None
-        weight = quantize_weight(
+        return quantize_weight(
             self.checkpoint.weight(name, self.source.block),
             name=name,
             method=self.options.scales,
             importance=importance if self.options.scales == "sweep" else None,
             global_scale=self._global_scale(name),
         )
+
+    def _layer(self, name: str) -> dict[str, Tensor]:
+        weight = self._quantised(name)
         input_scale = None
         if self.options.scheme is Scheme.W4A4 and self.statistics is not None:
             members = [other for other in fused_with(name) if other in self.statistics.amax]
