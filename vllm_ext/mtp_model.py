@@ -8,9 +8,7 @@ head has its own.
 from __future__ import annotations
 
 import copy
-import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
 from fourfold.common.mtp.formats import PLAIN
 from fourfold.common.mtp.head import BLOCK, Formula, MtpHead
+from fourfold.common.mtp.layer_class import arguments, decoder_layer
 
 # Fused modules of vLLM's layers, as packed_modules_mapping says them; a target's own mapping comes on top.
 FUSED = {
@@ -36,41 +35,6 @@ FUSED = {
     "gate_up_proj": ["gate_proj", "up_proj"],
     "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
 }
-
-
-def decoder_layer(target: type) -> type[nn.Module]:
-    """The decoder layer class of a model class: the one ``*DecoderLayer`` of its module or of a base class's module.
-
-    Raises:
-        FourfoldError: there is none, or more than one; names what was found.
-    """
-    for base in target.__mro__:
-        defined = vars(sys.modules[base.__module__]).values()
-        layers = {c for c in defined if isinstance(c, type) and c.__name__.endswith("DecoderLayer")}
-        layers = {c for c in layers if c.__module__ == base.__module__}
-        if len(layers) == 1:
-            return layers.pop()
-        if layers:
-            names = ", ".join(sorted(c.__name__ for c in layers))
-            raise FourfoldError(f"{target.__name__} has layers of several kinds ({names}); FourfoldMTP knows one kind")
-    raise FourfoldError(
-        f"{target.__module__} has no class *DecoderLayer for FourfoldMTP to build a head of {target.__name__} with"
-    )
-
-
-def _arguments(function: Callable[..., Any], offered: dict[str, Any], name: str) -> dict[str, Any]:
-    """Those of ``offered`` that ``function`` takes.
-
-    Raises:
-        FourfoldError: it needs another one.
-    """
-    parameters = [
-        p for p in inspect.signature(function).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    missing = [p.name for p in parameters if p.default is p.empty and p.name not in (*offered, "self")]
-    if missing:
-        raise FourfoldError(f"{name} needs {', '.join(missing)}, which FourfoldMTP does not know")
-    return {p.name: offered[p.name] for p in parameters if p.name in offered}
 
 
 def used_modules(vllm_config: VllmConfig, head: MtpHead) -> int:
@@ -124,9 +88,9 @@ class _Module(nn.Module):
             "prefix": prefix,
             "layer_idx": int(prefix.rpartition(".")[2]),
         }
-        self.block = layer(**_arguments(layer.__init__, offered, layer.__name__))
+        self.block = layer(**arguments(layer.__init__, offered, layer.__name__))
         inputs = {"positions": None, "hidden_states": None, "residual": None}
-        self.extra = _arguments(layer.forward, inputs, f"{layer.__name__}.forward").keys() & {"residual"}
+        self.extra = arguments(layer.forward, inputs, f"{layer.__name__}.forward").keys() & {"residual"}
 
     def forward(self, positions: Tensor, hidden_states: Tensor, inputs_embeds: Tensor) -> Tensor:
         formula = self.formula

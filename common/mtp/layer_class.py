@@ -1,0 +1,45 @@
+"""The decoder layer class of a target, found and called by its signature: what both engines' generic heads build on."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fourfold.common.errors import FourfoldError
+
+
+def decoder_layer(target: type) -> type[Any]:
+    """The decoder layer class of a model class: the one ``*DecoderLayer`` of its module or of a base class's module.
+
+    Raises:
+        FourfoldError: there is none, or more than one; names what was found.
+    """
+    for base in target.__mro__:
+        defined = vars(sys.modules[base.__module__]).values()
+        layers = {c for c in defined if isinstance(c, type) and c.__name__.endswith("DecoderLayer")}
+        layers = {c for c in layers if c.__module__ == base.__module__}
+        if len(layers) == 1:
+            return layers.pop()
+        if layers:
+            names = ", ".join(sorted(c.__name__ for c in layers))
+            raise FourfoldError(f"{target.__name__} has layers of several kinds ({names}); FourfoldMTP knows one kind")
+    raise FourfoldError(
+        f"{target.__module__} has no class *DecoderLayer for FourfoldMTP to build a head of {target.__name__} with"
+    )
+
+
+def arguments(function: Callable[..., Any], offered: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Those of ``offered`` that ``function`` takes.
+
+    Raises:
+        FourfoldError: it needs another one.
+    """
+    parameters = [
+        p for p in inspect.signature(function).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in (*offered, "self")]
+    if missing:
+        raise FourfoldError(f"{name} needs {', '.join(missing)}, which FourfoldMTP does not know")
+    return {p.name: offered[p.name] for p in parameters if p.name in offered}
