@@ -22,7 +22,7 @@ ENVS = ROOT / ".envs"
 TOOLS = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "openai", "setuptools>=77", "wheel")
 CHECKS = ("ruff>=0.6", "pyright>=1.1.380")
 TORCH_PARTS = ("torch", "torchvision", "torchaudio", "torchcodec")
-GIB_NEEDED = {"vllm": 4, "sglang": 14, "vllm-0.33.0": 1}
+GIB_NEEDED = {"vllm": 8, "sglang": 14, "vllm-0.33.0": 1}
 WHAT = {
     "vllm": "vLLM 0.32.0 for CPUs with torch 2.13.0: about 0.6 GB to download (3 GB where only torch's CUDA build is)",
     "sglang": "SGLang 0.5.23 with torch 2.14.1 and its CUDA libraries: about 5 GB to download, 11 GB on disk",
