@@ -193,10 +193,12 @@ def choose(policy: Policy, state: State, batch: int) -> tuple[State, int]:
         k = bucket.current
         if k is None or speed[best] > speed[k] * (1 + policy.margin):
             k = best
+        untimed = not bucket.times[k][0] and any(count for count, _ in bucket.times)
         bucket = replace(bucket, current=k)
         probe = _due(policy, bucket, k, [c / cost[k] - e / length[k] for c, e in zip(cost, length, strict=True)])
-        if probe is not None:
-            k = probe
+        # One step does not tell what a length costs: stay with an untimed one for as long as with a probe.
+        if untimed or probe is not None:
+            k = k if untimed or probe is None else probe
             bucket = replace(bucket, probe=k, probe_ends=bucket.step + policy.probe_steps)
     seen = tuple(bucket.step if j == k else last for j, last in enumerate(bucket.seen))
     bucket = replace(bucket, seen=seen, step=bucket.step + 1)
