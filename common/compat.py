@@ -37,6 +37,8 @@ _CREATE = (
     *("layer", "input_size_per_partition", "output_partition_sizes", "input_size", "output_size"),
     *("params_dtype", "extra_weight_attrs"),
 )
+_ATTENTION = ("q", "k", "v", "layer", "forward_batch")
+_EAGLE_CPU = "SGLang speculates on out-of-tree platforms without Triton"
 _LOADER = "the engine offers quantisation methods a loader without naming their class"
 
 
@@ -127,6 +129,67 @@ SEAMS: tuple[Seam, ...] = (
     _sglang("platforms.interface:SRTPlatform.get_default_attention_backend", "its attention"),
     _sglang("platforms.interface:PlatformCapabilities", "says that it has no Triton and no graphs"),
     _sglang("platforms.device_mixin:PlatformEnum.OOT", "marks it as out of tree"),
+    _sglang("platforms.interface:SRTPlatform.supports_speculative_algorithm", "EAGLE on a CPU", ("algorithm",)),
+    _sglang("platforms.interface:SRTPlatform.get_speculative_worker_cls", "EAGLE on a CPU", ("algorithm",)),
+    _sglang("platforms.interface:SRTPlatform.get_speculative_cache_locs_fn", "EAGLE on a CPU"),
+    _sglang(
+        "platforms.interface:SRTPlatform.get_kv_pool_cls", "a cache that does not warm a Triton kernel up", ("kind",)
+    ),
+    _sglang("mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup", "that kernel's start", until=_EAGLE_CPU),
+    _sglang("layers.attention.attention_registry:register_attention_backend", "attention that verifies", ("name",)),
+    _sglang("layers.attention.torch_native_backend:TorchNativeAttnBackend.forward_extend", "the same", _ATTENTION),
+    _sglang("layers.attention.torch_native_backend:TorchNativeAttnBackend.forward_decode", "the same", _ATTENTION),
+    _sglang("model_executor.forward_batch_info:ForwardBatch.extend_prefix_lens", "verifies as an extension"),
+    _sglang("model_executor.forward_batch_info:ForwardBatch.extend_seq_lens", "verifies as an extension"),
+    _sglang("speculative.eagle_info:EagleVerifyInput.draft_token_num", "verifies as an extension"),
+    _sglang("speculative.eagle_worker_v2:EAGLEWorkerV2.__init__", "installs what follows"),
+    _sglang("plugins.hook_registry:HookRegistry.register", "replaces functions", ("target", "hook", "hook_type")),
+    _sglang("plugins.hook_registry:HookRegistry.apply_hooks", "replaces functions"),
+    *(
+        Seam("sglang", path, "replaced on a CPU, for it launches a kernel", parameters, _EAGLE_CPU)
+        for path, parameters in (
+            (
+                "sglang.kernels.ops.speculative.cache_locs:assign_draft_cache_locs_contiguous_func",
+                ("req_pool_indices", "req_to_token", "seq_lens", "out_cache_loc", "topk", "num_cols"),
+            ),
+            (
+                "sglang.kernels.ops.speculative.spec_tree:build_tree_kernel_efficient_func",
+                ("seq_lens", "positions", "retrieve_index", "retrieve_next_token", "num_verify_tokens"),
+            ),
+            (
+                "sglang.kernels.ops.speculative.spec_tree:verify_tree_greedy_func",
+                ("predicts", "accept_index", "accept_token_num", "candidates", "retrieve_index", "target_predict"),
+            ),
+            (
+                "sglang.kernels.ops.speculative.eagle:fill_bonus_tokens_func",
+                ("accept_tokens", "accept_lens", "bonus_tokens", "accept_stride", "batch_size"),
+            ),
+            (
+                "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func",
+                ("req_pool_indices", "req_to_token", "start_offset", "end_offset", "out_cache_loc", "batch_size"),
+            ),
+            ("sglang.srt.speculative.draft_utils:DraftBackendFactory.create_decode_backend", ()),
+            ("sglang.srt.speculative.draft_utils:DraftBackendFactory.create_draft_extend_backend", ()),
+            ("sglang.srt.speculative.spec_utils:select_top_k_tokens", ("i", "topk_p", "topk_index", "topk")),
+            ("sglang.srt.speculative.eagle_utils:tree_speculative_sampling_target_only", ()),
+            ("sglang.srt.speculative.eagle_utils:top_k_renorm_prob", ()),
+            ("sglang.srt.speculative.eagle_utils:top_p_renorm_prob", ()),
+        )
+    ),
+    _sglang("layers.sampler:top_p_normalize_probs_torch", "samples while it verifies", ("probs", "top_ps")),
+    _sglang("models.registry:ModelRegistry", "registers the draft class; finds the target's"),
+    _sglang("layers.layer_boundary.factories:layer_stack", "builds the decoder layer of a draft"),
+    _sglang("layers.layer_boundary.residual.batch:start", "runs it", ("forward_batch",)),
+    _sglang("layers.layer_boundary.residual.batch:fold", "runs it", ("hidden_states", "forward_batch")),
+    _sglang("layers.layer_boundary.residual.batch:take_output", "runs it", ("hidden_states", "forward_batch")),
+    _sglang(
+        "layers.logits_processor:LogitsProcessor.forward",
+        "logits, and the state that the next draft step gets",
+        ("input_ids", "hidden_states", "lm_head", "logits_metadata", "hidden_states_before_norm"),
+    ),
+    _sglang("model_loader.auto_loader:LLAMA_STACKED_MAPPING", "loads fused layers of a draft"),
+    _sglang("layers.layernorm:GemmaRMSNorm", "norms of a draft"),
+    _sglang("layers.vocab_parallel_embedding:ParallelLMHead", "a draft's own output head"),
 )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
-from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
+from torch import Tensor
 
 from fourfold.common.errors import FourfoldError
 
@@ -16,6 +18,13 @@ _DEFAULTS = {
     "sampling_backend": "pytorch",
     "disable_overlap_schedule": True,
     "disable_cuda_graph": True,
+}
+_CHAIN = {
+    "speculative_eagle_topk": 1,
+    "speculative_use_rejection_sampling": False,
+    "speculative_accept_threshold_single": 1.0,
+    "speculative_accept_threshold_acc": 1.0,
+    "enable_multi_layer_eagle": False,
 }
 
 
@@ -35,11 +44,14 @@ class FourfoldCpuPlatform(CpuDeviceMixin, SRTPlatform):
         Raises:
             FourfoldError: an option that SGLang cannot run on a CPU.
         """
-        if server_args.speculative_algorithm:
-            raise FourfoldError(
-                f"--speculative-algorithm {server_args.speculative_algorithm} does not run on fourfold_cpu: SGLang's "
-                "speculation needs Triton kernels; leave it out"
-            )
+        algorithm = server_args.speculative_algorithm
+        if algorithm and not self.supports_speculative_algorithm(algorithm.upper()):
+            raise FourfoldError(f"--speculative-algorithm {algorithm} does not run on fourfold_cpu; use EAGLE")
+        for name, only in _CHAIN.items() if algorithm else ():
+            found = getattr(server_args, name)
+            if found != only:
+                flag = name.replace("_", "-")
+                raise FourfoldError(f"--{flag} {found} does not run on fourfold_cpu, which drafts chains; use {only}")
         if server_args.ep_size > 1:
             raise FourfoldError(
                 f"--ep-size {server_args.ep_size} does not run on fourfold_cpu: SGLang's PyTorch MoE ignores the "
@@ -47,6 +59,28 @@ class FourfoldCpuPlatform(CpuDeviceMixin, SRTPlatform):
             )
         for name, value in _DEFAULTS.items():
             setattr(server_args, name, value)
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm in ("EAGLE", "NEXTN")
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type:
+        from fourfold.sglang_ext.speculation import ChainWorker
+
+        return ChainWorker
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., Tensor]:
+        from fourfold.sglang_ext.speculation import extend_slots
+
+        return extend_slots
+
+    def get_kv_pool_cls(self, *, kind: KVPoolKind) -> type | None:
+        from sglang.srt.runtime_context import get_spec
+
+        if kind != "mha" or not get_spec().speculative_algorithm:
+            return None
+        from fourfold.sglang_ext.speculation import ChainPool
+
+        return ChainPool
 
     def get_device(self, device_id: int = 0) -> str:  # type: ignore[override]
         return "cpu"  # the resolution of --device splits it; the mixin's torch.device cannot be split

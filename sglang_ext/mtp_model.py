@@ -1,0 +1,207 @@
+"""``FourfoldMTP``: the MTP head that a draft directory describes, around the target's own decoder layer.
+
+SGLang's EAGLE worker drafts every token with one model, which is the first module. It hands the target's embedding and
+output head over; a head's own replace them. Attention is what the target's layer has, except MLA, whose absorbed
+weights only SGLang's own classes make.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.layer_boundary import layer_stack
+from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
+from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
+from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_loader.auto_loader import LLAMA_STACKED_MAPPING
+from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
+from sglang.srt.models.registry import ModelRegistry
+from sglang.srt.runtime_context import get_parallel
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from fourfold.common.errors import FourfoldError
+from fourfold.common.log import get_logger
+from fourfold.common.mtp.formats import PLAIN
+from fourfold.common.mtp.head import BLOCK, Formula, MtpHead
+from fourfold.common.mtp.layer_class import arguments, decoder_layer
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.(\w+)")
+_EXPERT_PARTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "w1": "w1", "w2": "w2", "w3": "w3"}
+
+
+class _Module(nn.Module):
+    """One MTP module; ``prefix`` is that of a decoder layer."""
+
+    def __init__(self, config: Any, quant_config: QuantizationConfig | None, prefix: str, head: MtpHead) -> None:
+        super().__init__()
+        self.formula: Formula = head.formula
+        roles, size = head.modules[0].roles, head.hidden_size
+
+        def norm() -> nn.Module:
+            return (GemmaRMSNorm if self.formula.unit_offset_norm else RMSNorm)(size, eps=config.rms_norm_eps)
+
+        def linear(role: str, columns: int) -> nn.Module:
+            return ReplicatedLinear(columns, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.{role}")
+
+        self.enorm, self.hnorm = norm(), norm()
+        self.norm = norm() if "norm" in roles else nn.Identity()
+        self.split = "e_proj" in roles
+        if self.split:
+            self.e_proj, self.h_proj = linear("e_proj", size), linear("h_proj", size)
+        else:
+            self.eh_proj = linear("eh_proj", 2 * size)
+        layer = decoder_layer(ModelRegistry.resolve_model_cls(config.target_architecture)[0])
+        # layer_id is the place in the draft's own KV cache.
+        offered = {
+            "config": config,
+            "layer_id": 0,
+            "quant_config": quant_config,
+            "is_nextn": True,
+            "prefix": prefix,
+        }
+        with layer_stack():
+            self.block = layer(**arguments(layer.__init__, offered, layer.__name__))
+        inputs = dict.fromkeys(("positions", "hidden_states", "forward_batch"))
+        arguments(layer.forward, inputs, f"{layer.__name__}.forward")
+
+    def forward(self, positions: Tensor, embedding: Tensor, forward_batch: ForwardBatch) -> Tensor:
+        """[T, hidden] before ``norm``."""
+        formula, x = self.formula, embedding
+        if len(positions):  # ranks without requests only take part in the layer's collectives
+            if formula.mask_first_position:
+                embedding = torch.where(positions[:, None] == 0, 0, embedding)
+            embedding, hidden = self.enorm(embedding), self.hnorm(forward_batch.spec_info.hidden_states)
+            if self.split:
+                x = self.e_proj(embedding)[0] + self.h_proj(hidden)[0]
+            else:
+                pair = [embedding, hidden] if formula.embedding_first else [hidden, embedding]
+                x = self.eh_proj(torch.cat(pair, -1))[0]
+        residual_batch.start(forward_batch)
+        x = self.block(positions=positions, hidden_states=x, forward_batch=forward_batch)
+        return residual_batch.take_output(residual_batch.fold(x, forward_batch), forward_batch)
+
+
+class FourfoldMTP(nn.Module):
+    """The head of a draft directory that ``fourfold mtp extract --engine sglang`` wrote."""
+
+    start_layer, end_layer = 0, 1
+
+    def __init__(
+        self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.quant_config = quant_config
+        self.head = head = MtpHead.from_config(getattr(config, "fourfold_mtp", None))
+        self.roles = head.modules[0].roles
+        self._check()
+        if len(head.modules) > 1:
+            get_logger(__name__).info("fourfold: 1 of %d MTP modules drafts", len(head.modules))
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, head.hidden_size, use_attn_tp_group=is_dp_attention_enabled()
+        )
+        self.model = _Module(config, quant_config, f"model.layers.{head.target_layers}", head)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, head.hidden_size, use_attn_tp_group=get_parallel().enable_dp_lm_head
+        )
+        self.logits_processor = LogitsProcessor(config)
+
+    def _check(self) -> None:
+        head = self.head
+        if head.limits or head.formula.target_embedding_norm:
+            raise FourfoldError(f"FourfoldMTP does not compute this head: {head.limits or 'target_embedding_norm'}")
+        if getattr(self.config, "kv_lora_rank", None) is not None:
+            raise FourfoldError("FourfoldMTP does not build MLA attention on SGLang (kv_lora_rank in config.json)")
+        for role in ("head", "embedding"):
+            found = head.modules[0].formats.get(role, "bf16")
+            if found not in PLAIN.values():
+                raise FourfoldError(f"the MTP head's own {role} is stored as {found}; FourfoldMTP takes it unquantised")
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None
+    ) -> LogitsProcessorOutput:
+        """One draft step.
+
+        Args:
+            input_ids: [T] the tokens after ``positions``.
+            positions: [T].
+            forward_batch: its ``spec_info.hidden_states`` is [T, hidden], of the target or of the step before.
+        """
+        embedding = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        hidden = self.model(positions, embedding, forward_batch)
+        normed = self.model.norm(hidden) if len(hidden) else hidden
+        before = hidden if self.head.formula.feedback == "pre_norm" else None
+        return self.logits_processor(input_ids, normed, self.lm_head, forward_batch, hidden_states_before_norm=before)
+
+    def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
+        return self.embed_tokens.weight, self.lm_head.weight
+
+    def set_embed_and_head(self, embed: Tensor | None, head: Tensor | None) -> None:
+        """Take the target's embedding and output head, unless the head has its own.
+
+        Raises:
+            FourfoldError: they are of another model.
+        """
+        for role, module, weight in (("embedding", self.embed_tokens, embed), ("head", self.lm_head, head)):
+            if role in self.roles or weight is None:
+                continue
+            if weight.shape != module.weight.shape:
+                raise FourfoldError(
+                    f"the target's {role} is {list(weight.shape)}, this draft was written for a model with "
+                    f"{list(module.weight.shape)}; write it again from the target"
+                )
+            del module.weight
+            module.weight = weight
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load what the head's description places; the draft directory's shards hold tensors of the target too.
+
+        Raises:
+            FourfoldError: the target's decoder layer lacks a tensor of the head, or has another.
+        """
+        parameters = dict(self.named_parameters())
+        loaded: set[str] = set()
+        own = {"head": "lm_head", "embedding": "embed_tokens", BLOCK: "model.block"}
+        for name, weight in weights:
+            for i, role, rest in self.head.locate(name):
+                place = f"{own.get(role, f'model.{role}')}.{rest}"
+                if rest.endswith("_scale"):  # drops scales of an FP8 cache that this server does not have
+                    place = maybe_remap_kv_scale_name(place, parameters)
+                if i == 0 and place is not None:
+                    loaded.add(_load(parameters, place, name, weight))
+        shared = {f"{own[role]}.weight" for role in ("head", "embedding") if role not in self.roles}
+        missing = sorted(p for p in set(parameters) - loaded - shared if p.endswith("weight"))
+        if missing:
+            raise FourfoldError(f"the MTP head has no {', '.join(missing)}; its decoder layer is not the target's")
+
+
+def _load(parameters: dict[str, Any], place: str, name: str, weight: Tensor) -> str:
+    """Load one tensor into the parameter that it is or is a part of; returns the parameter's name."""
+    expert = _EXPERT.fullmatch(place)
+    if expert and expert[3] in _EXPERT_PARTS:
+        part = _EXPERT_PARTS[expert[3]]
+        place = f"{expert[1]}.{'w2' if part == 'w2' else 'w13'}_{expert[4]}"
+        if place in parameters:
+            loader: Any = parameters[place].weight_loader
+            loader(parameters[place], weight, place, shard_id=part, expert_id=int(expert[2]))
+    else:
+        stacked = LLAMA_STACKED_MAPPING.try_load(place, weight, parameters)
+        place = stacked or place
+        if not stacked and place in parameters:
+            getattr(parameters[place], "weight_loader", default_weight_loader)(parameters[place], weight)
+    if place not in parameters:
+        raise FourfoldError(f"{name} of the MTP head has no place in the target's decoder layer ({place})")
+    return place
+
+
+EntryClass = FourfoldMTP

@@ -1,0 +1,187 @@
+"""MTP heads through SGLang's EAGLE worker on a CPU: acceptance is exact on the oracle, the text is always the target's.
+
+Three servers start at once: an oracle whose head is exchanged while it serves, an oracle with an NVFP4 head, and two
+layers of a real model, whose attention has to be right over several verified tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import engine_checks
+import oracle
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fourfold.common.errors import FourfoldError
+from fourfold.common.mtp.extract import extract
+from fourfold.common.quant.checkpoint.convert import Options, convert
+from fourfold.common.serving import EngineServer
+
+K, TOKENS, SCALE = 3, 48, 0.4
+HEADS = {"right": frozenset(), "swapped": frozenset(range(oracle.SIZE)), "bad": oracle.BAD, "embedding": frozenset()}
+FLAGS = ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(K)]
+FLAGS += ["--speculative-num-draft-tokens", str(K + 1), "--speculative-eagle-topk", "1"]
+SIZES = ["--context-length", "256", "--max-total-tokens", "4096", "--sleep-on-idle"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The oracle with each kind of head, in a family whose projection takes the hidden state first."""
+    path = tmp_path_factory.mktemp("oracle")
+    return {kind: oracle.write_oracle(path / kind, "mimo", (kind,), SCALE)[1] for kind in HEADS}
+
+
+def write_echo(model: Path, out: Path) -> Path:
+    """The model with a head that drafts the last token again, which a model of two layers often means."""
+    tensors = load_file(model / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    size, layers = config["hidden_size"], config["num_hidden_layers"]
+    head = f"model.layers.{layers}."
+    own = {n: t for n, t in tensors.items() if n.startswith(f"model.layers.{layers - 1}.")}
+    for name, tensor in own.items():
+        silent = name.endswith(("o_proj.weight", "down_proj.weight"))
+        tensors[head + name.split(".", 3)[3]] = torch.zeros_like(tensor) if silent else tensor.clone()
+    norm = torch.ones(size, dtype=tensors["model.norm.weight"].dtype)
+    tensors |= {f"{head}{role}.weight": norm.clone() for role in ("enorm", "hnorm", "shared_head.norm")}
+    tensors[f"{head}eh_proj.weight"] = torch.eye(size, 2 * size, dtype=norm.dtype)
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (out / name).write_bytes((model / name).read_bytes())
+    return out
+
+
+@pytest.fixture(scope="module")
+def servers(
+    models: dict[str, Path], cut: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, EngineServer]]:
+    path = tmp_path_factory.mktemp("servers")
+    target, whole = oracle.write_oracle(path / "oracle")
+    convert(whole, path / "nvfp4", Options(format="modelopt"))
+    echo = write_echo(cut, path / "echo")
+    quantised = ["--speculative-draft-model-quantization", "fourfold_nvfp4"]
+    plans = {
+        "oracle": (models["right"].parent / "target", models["right"], []),
+        "nvfp4": (target, path / "nvfp4", quantised),
+        "echo": (echo, echo, ["--dtype", "float32"]),
+    }
+    running = {}
+    for name, (model, with_head, more) in plans.items():
+        draft = path / f"{name}-draft"
+        extract(with_head, draft, "sglang")
+        arguments = [*FLAGS, "--speculative-draft-model-path", str(draft), *SIZES, *more]
+        running[name] = EngineServer("sglang", str(model), path / f"{name}.log", arguments, {"OMP_NUM_THREADS": "1"})
+    try:
+        for server in running.values():
+            server.start()
+        for server in running.values():
+            server.wait()
+        yield running
+    finally:
+        for server in running.values():
+            server.stop()
+
+
+def generate(server: EngineServer, prompts: list[list[int]], tokens: int = TOKENS, **sampling: Any) -> list[Any]:
+    parameters = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True} | sampling
+    return server.post("/generate", {"input_ids": prompts, "sampling_params": parameters})  # type: ignore[return-value]
+
+
+def accepted(answer: Any) -> tuple[int, list[int]]:
+    """What `oracle.expected_drafts` returns, as SGLang counted it: (steps, accepted by position)."""
+    steps = answer["meta_info"]["spec_correct_drafts_histogram"]
+    return answer["meta_info"]["spec_verify_ct"], [sum(steps[i + 1 :]) for i in range(K)]
+
+
+def check_oracle(server: EngineServer, wrong: frozenset[int]) -> None:
+    """One request alone, then several of different lengths at once."""
+    prompts = [oracle.prompt(start, length) for start, length in ((3, 4), (17, 9), (40, 5), (99, 13))]
+    for prompt, answer in zip(prompts, generate(server, prompts[:1]) + generate(server, prompts[1:]), strict=True):
+        assert answer["output_ids"] == oracle.continuation(prompt[-1], TOKENS)
+        assert accepted(answer) == oracle.expected_drafts(prompt, TOKENS, K, wrong)
+
+
+def exchange(server: EngineServer, model: Path) -> None:
+    """Load the weights of target and head from ``model``, and forget what was cached."""
+    for _ in range(40):
+        try:
+            server.post("/update_weights_from_disk", {"model_path": str(model)})
+            return
+        except FourfoldError as error:  # the last request is not cleared away yet
+            if "requests are still running" not in str(error):
+                raise
+            time.sleep(0.25)
+    raise AssertionError("the server never became idle")
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_each_head_is_accepted_exactly_where_it_is_right(
+    servers: dict[str, EngineServer], models: dict[str, Path], kind: str
+) -> None:
+    exchange(servers["oracle"], models[kind])
+    check_oracle(servers["oracle"], HEADS[kind])
+
+
+def test_nvfp4_head(servers: dict[str, EngineServer]) -> None:
+    check_oracle(servers["nvfp4"], frozenset())
+    line = next(line for line in engine_checks.fourfold_lines(servers["nvfp4"]) if "nvfp4 w4" in line)
+    assert "for 5 layers (eh_proj, down_proj, gate_up_proj, o_proj, qkv_proj)" in line
+
+
+def sampled_probability(top_k: int, top_p: float) -> float:
+    """Of the following token, at temperature 1."""
+    first = oracle.probability(SCALE)
+    rest = (1 - first) / (oracle.SIZE - 1)
+    others = min(top_k - 1, oracle.SIZE - 1, int((top_p - first) / rest) + 1)
+    return first / (first + others * rest)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(oracle.SIZE, 1.0), (5, 1.0), (oracle.SIZE, 0.8)])
+def test_sampling_keeps_the_distribution(
+    servers: dict[str, EngineServer], models: dict[str, Path], top_k: int, top_p: float
+) -> None:
+    exchange(servers["oracle"], models["embedding"])
+    prompts = [oracle.prompt(start) for start in range(80)]
+    answers = generate(servers["oracle"], prompts, temperature=1, top_k=top_k, top_p=top_p)
+    followed = total = first = steps = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = [prompt[-1], *answer["output_ids"]]
+        followed += sum(oracle.PERMUTATION[a] == b for a, b in zip(text, text[1:], strict=False))
+        total += len(text) - 1
+        first, steps = first + accepted(answer)[1][0], steps + accepted(answer)[0]
+    p = sampled_probability(top_k, top_p)
+    print(followed / total, first / steps, p)
+    for hits, count in ((followed, total), (first, steps)):
+        assert abs(hits / count - p) < 5 * (p * (1 - p) / count) ** 0.5
+
+
+def test_real_attention_gives_the_text_of_pytorch(servers: dict[str, EngineServer], cut: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(cut)
+    model: Any = AutoModelForCausalLM.from_pretrained(cut, dtype=torch.float32)
+    prompts = [tokenizer(question, add_special_tokens=False).input_ids for question in engine_checks.QUESTIONS]
+    whole = rejected = 0
+    for prompt, answer in zip(prompts, generate(servers["echo"], prompts), strict=True):
+        with torch.inference_mode():
+            chosen = model(torch.tensor([prompt + answer["output_ids"]])).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        assert answer["output_ids"] == chosen.tolist()
+        steps, by_position = accepted(answer)
+        whole, rejected = whole + by_position[-1], rejected + steps - by_position[-1]
+    print(whole, rejected)
+    assert whole > 10 and rejected > 10
+
+
+def test_platform_refuses_trees(cut: Path, tmp_path: Path) -> None:
+    flags = [*FLAGS[:-1], "2", "--speculative-draft-model-path", str(cut)]
+    server = EngineServer("sglang", str(cut), tmp_path / "log", flags)
+    with pytest.raises(FourfoldError, match="sglang ended with status"), server:
+        pass
+    assert "--speculative-eagle-topk 2 does not run on fourfold_cpu" in server.log.read_text()
