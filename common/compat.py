@@ -39,6 +39,7 @@ _CREATE = (
 )
 _ATTENTION = ("q", "k", "v", "layer", "forward_batch")
 _EAGLE_CPU = "SGLang speculates on out-of-tree platforms without Triton"
+_SCHEDULER = "vLLM lets a plugin choose the draft length"
 _LOADER = "the engine offers quantisation methods a loader without naming their class"
 
 
@@ -79,6 +80,52 @@ SEAMS: tuple[Seam, ...] = (
     _vllm("config:get_current_vllm_config", "model path and --additional-config"),
     _vllm("config.vllm:VllmConfig.additional_config", "fourfold's settings"),
     _vllm("config.model:ModelConfig.model", "where statistics may lie"),
+    _vllm("config:VllmConfig", "what a draft is built from"),
+    _vllm("config:set_current_vllm_config", "builds a draft under its own config"),
+    _vllm("config.vllm:VllmConfig.use_v2_model_runner", "how many MTP modules draft"),
+    _vllm("config.vllm:VllmConfig.num_speculative_tokens", "how many MTP modules draft"),
+    _vllm("compilation.decorators:support_torch_compile", "compiles a draft", ("dynamic_arg_dims", "enable_if")),
+    _vllm(
+        "distributed.communication_op:tensor_model_parallel_all_gather", "gathers a sequence-parallel layer's output"
+    ),
+    _vllm("model_executor.layers.layernorm:RMSNorm", "norms of a draft"),
+    _vllm("model_executor.layers.layernorm:GemmaRMSNorm", "norms of a draft"),
+    _vllm("model_executor.layers.linear:QKVParallelLinear", "loads fused layers of a draft"),
+    _vllm("model_executor.layers.linear:ReplicatedLinear", "projections of a draft"),
+    _vllm("model_executor.layers.logits_processor:LogitsProcessor", "logits of a draft"),
+    _vllm("model_executor.layers.vocab_parallel_embedding:ParallelLMHead", "a draft's own output head"),
+    _vllm("model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding", "a draft's own embedding"),
+    _vllm("model_executor.model_loader:get_model_cls", "finds the target's decoder layer"),
+    _vllm("model_executor.models.utils:AutoWeightsLoader.load_weights", "loads a draft", ("weights", "mapper")),
+    _vllm("model_executor.models.utils:WeightsMapper.orig_to_new_stacked", "loads fused layers of a draft"),
+    _vllm("model_executor.models.utils:get_draft_quant_config", "a draft's own quantisation", ("vllm_config",)),
+    _vllm("model_executor.models.utils:maybe_prefix", "names of a draft's layers"),
+    _vllm("model_executor.models:ModelRegistry", "registers the draft class"),
+    _vllm(
+        "utils.cpu_triton_utils:_expand_kernel_impl",
+        "replaced on a CPU, for it drops what it computes",
+        ("cu_num_tokens", "replace_from", "replace_to"),
+        "vLLM mends its issue 55005",
+    ),
+    _vllm("platforms:current_platform", "whether that kernel is the CPU's"),
+    _vllm("v1.core.sched.async_scheduler:AsyncScheduler", "learns the draft length", until=_SCHEDULER),
+    _vllm("v1.core.sched.scheduler:Scheduler.dynamic_sd_lookup", "answers with it", until=_SCHEDULER),
+    _vllm("v1.core.sched.scheduler:Scheduler.schedule", "times a step", until=_SCHEDULER),
+    _vllm(
+        "v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats",
+        "sees what was accepted",
+        ("num_draft_tokens", "num_accepted_tokens", "num_invalid_spec_tokens", "request_id"),
+        _SCHEDULER,
+    ),
+    _vllm(
+        "v1.core.sched.scheduler:Scheduler.update_from_output",
+        "times a step",
+        ("scheduler_output", "model_runner_output"),
+        _SCHEDULER,
+    ),
+    _vllm("v1.core.sched.output:SchedulerOutput", "a step", until=_SCHEDULER),
+    _vllm("v1.core.sched.output:SchedulerOutput.num_spec_tokens_to_schedule", "the length in use", until=_SCHEDULER),
+    _vllm("v1.core.sched.output:SchedulerOutput.scheduled_spec_decode_tokens", "which steps to time", until=_SCHEDULER),
     _sglang("arg_groups.choices:QUANTIZATION_CHOICES", "whether the choice is there already"),
     _sglang("arg_groups.choices:add_quantization_method_choices", "adds the choice fourfold_nvfp4"),
     _sglang(
@@ -188,7 +235,19 @@ SEAMS: tuple[Seam, ...] = (
         ("input_ids", "hidden_states", "lm_head", "logits_metadata", "hidden_states_before_norm"),
     ),
     _sglang("model_loader.auto_loader:LLAMA_STACKED_MAPPING", "loads fused layers of a draft"),
+    _sglang("model_loader.weight_utils:default_weight_loader", "loads a draft", ("param", "loaded_weight")),
+    _sglang("model_loader.weight_utils:maybe_remap_kv_scale_name", "loads a draft", ("name", "params_dict")),
+    _sglang("layers.logits_processor:LogitsProcessorOutput", "what a draft returns"),
+    _sglang("layers.linear:ReplicatedLinear", "projections of a draft"),
+    _sglang("layers.layernorm:RMSNorm", "norms of a draft"),
     _sglang("layers.layernorm:GemmaRMSNorm", "norms of a draft"),
+    _sglang("layers.vocab_parallel_embedding:VocabParallelEmbedding", "a draft's own embedding"),
+    _sglang("layers.dp_attention:is_dp_attention_enabled", "how a draft's embedding is split"),
+    _sglang("runtime_context:get_parallel", "how a draft's output head is split"),
+    _sglang("runtime_context:get_spec", "whether the CPU platform speculates"),
+    _sglang("platforms.interface:KVPoolKind", "which cache the CPU platform is asked for"),
+    _sglang("plugins.hook_registry:HookType", "replaces functions"),
+    _sglang("layers.attention.base_attn_backend:AttentionBackend", "attention of a draft's steps"),
     _sglang("layers.vocab_parallel_embedding:ParallelLMHead", "a draft's own output head"),
 )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.distributed.communication_op import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -87,6 +87,7 @@ class _Module(nn.Module):
             "quant_config": quant_config,
             "prefix": prefix,
             "layer_idx": int(prefix.rpartition(".")[2]),
+            **dict.fromkeys(("is_mtp", "is_nextn", "is_mtp_block", "is_mtp_layer"), True),
         }
         self.block = layer(**arguments(layer.__init__, offered, layer.__name__))
         inputs = {"positions": None, "hidden_states": None, "residual": None}
@@ -131,11 +132,16 @@ class FourfoldMTP(nn.Module):
             self.quant_config.packed_modules_mapping = self.fused
         self._check(vllm_config, target)
         self.count = used_modules(vllm_config, head)
-        if self.count < len(head.modules):
-            get_logger(__name__).info("fourfold: %d of %d MTP modules draft", self.count, len(head.modules))
         layer = decoder_layer(target_class)
+        get_logger(__name__).info(
+            "fourfold: MTP head %s around %s, %d of %d modules draft",
+            *(head.family, layer.__name__, self.count, len(head.modules)),
+        )
         roles = head.modules[0].roles
         prefix = maybe_prefix(prefix, "model")
+        for name, value in vars(config).items():
+            if isinstance(value, list) and len(value) == head.target_layers:  # one entry a layer: go on as the last
+                setattr(config, name, value + value[-1:] * self.count)
         self.model = nn.Module()
         with set_current_vllm_config(vllm_config, prefix=prefix):
             self.model.layers = nn.ModuleList(

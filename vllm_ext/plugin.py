@@ -5,8 +5,8 @@
   CPU this patches one function, vLLM's ``expand`` kernel of speculative sampling (`cpu_sampling`).
 
 `register` is the entry point of ``vllm.general_plugins``: vLLM calls it in every process, for every model. It may be
-called again, never raises, and logs one line: that it registered; and one for each feature that it could not register,
-with what is missing and how to fix it.
+called again, never raises, and logs one line: that it registered; and one more where a feature is off, with what is
+missing and how to fix it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _done: set[str] = set()
 def register() -> bool:
     """Register with the vLLM of this process; returns whether all features are available."""
     log = logging.getLogger("vllm.fourfold")  # vLLM prints records below its own logger only
-    features = {"--quantization fourfold_nvfp4": _quantisation, "MTP heads": _mtp}
-    for feature, add in features.items():
+    failed: dict[str, str] = {}
+    for feature, add in {"--quantization fourfold_nvfp4": _quantisation, "MTP heads": _mtp}.items():
         try:
             from fourfold.common.settings import disabled
 
@@ -29,16 +29,16 @@ def register() -> bool:
             if feature not in _done:
                 add(log)
                 _done.add(feature)
-        except Exception as error:
-            # vLLM ends the process when a plugin raises, also where nobody asked for fourfold.
-            log.warning(
-                "fourfold: %s: off, vLLM goes on without it: %s: %s. `fourfold doctor` shows which vLLM versions fit; "
-                "FOURFOLD_DISABLE=1 silences this",
-                feature,
-                type(error).__name__,
-                error,
-            )
-    return _done == set(features)
+        except Exception as error:  # vLLM ends the process when a plugin raises, also where nobody asked for fourfold
+            failed[feature] = f"{type(error).__name__}: {error}"
+    if failed:
+        log.warning(
+            "fourfold: %s: off, vLLM goes on without: %s. `fourfold doctor` shows which vLLM versions fit; "
+            "FOURFOLD_DISABLE=1 silences this",
+            ", ".join(failed),
+            "; ".join(dict.fromkeys(failed.values())),
+        )
+    return not failed
 
 
 def _quantisation(log: logging.Logger) -> None:

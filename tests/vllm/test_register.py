@@ -37,26 +37,36 @@ def test_registers_once() -> None:
     assert outcome("").startswith("RESULT [True, True] 1 ['fourfold: registered --quantization fourfold_nvfp4']")
 
 
+NVFP4, MTP = "--quantization fourfold_nvfp4", "MTP heads"
+
+
 @pytest.mark.parametrize(
-    ("prepare", "words"),
+    ("prepare", "off", "words"),
     [
-        ("import sys; sys.modules['vllm'] = None\n", "is not a package"),
+        ("import sys; sys.modules['vllm'] = None\n", f"{NVFP4}, {MTP}", "is not a package"),
         (
             "import vllm.model_executor.layers.quantization as q; del q.register_quantization_config\n",
+            NVFP4,
             "cannot import name 'register_quantization_config'",
         ),
         (
             "import vllm.model_executor.layers.quantization.base_config as b; del b.QuantizationConfig\n",
+            NVFP4,
             "cannot import name 'QuantizationConfig'",
         ),
-        ("import os; os.environ['FOURFOLD_DISABLE'] = 'maybe'\n", "expected 1 (off) or 0 (on)"),
+        (
+            "import vllm.model_executor.models as m; del m.ModelRegistry\n",
+            MTP,
+            "cannot import name 'ModelRegistry'",
+        ),
+        ("import os; os.environ['FOURFOLD_DISABLE'] = 'maybe'\n", f"{NVFP4}, {MTP}", "expected 1 (off) or 0 (on)"),
     ],
 )
-def test_a_missing_engine_or_seam_is_one_line_a_call(prepare: str, words: str) -> None:
+def test_a_missing_engine_or_seam_is_one_line_a_call(prepare: str, off: str, words: str) -> None:
     found = outcome(prepare)
-    assert (
-        found.startswith("RESULT [False, False] 2 [") and found.count("fourfold is off, vLLM goes on without it") == 2
-    )
+    registered = off == MTP  # what is there registers all the same, with its own line
+    assert found.startswith(f"RESULT [False, False] {2 + registered} [")
+    assert found.count(f"fourfold: {off}: off, vLLM goes on without: ") == 2
     assert words in found and "`fourfold doctor` shows which vLLM versions fit" in found
 
 
