@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -80,18 +81,21 @@ def probability(scale: float) -> float:
     return top / (top + SIZE - 1)
 
 
-def expected_drafts(text: list[int], tokens: int, k: int, wrong: frozenset[int] = frozenset()) -> tuple[int, list[int]]:
+def expected_drafts(
+    text: list[int], tokens: int, k: int, wrong: Container[int] = (), depth: int | None = None
+) -> tuple[int, list[int]]:
     """What an engine counts while it answers with ``tokens`` tokens, drafting ``k``: (steps, accepted by position).
 
     Args:
         text: the prompt.
         wrong: tokens after which (three places before the drafted one) the head is wrong.
+        depth: drafts of a step that can be right; None: all.
     """
     text = [*text, *continuation(text[-1], tokens + k + 1)]
     steps, accepted, at = 0, [0] * k, len(text) - tokens - k
     while at < len(text) - k - 1:
         good = 0
-        while good < k and text[at + good - 3] not in wrong:
+        while good < min(k, k if depth is None else depth) and text[at + good - 3] not in wrong:
             accepted[good] += 1
             good += 1
         steps, at = steps + 1, at + good + 1
@@ -180,8 +184,8 @@ def _feedback(kind: str) -> tuple[Tensor, Tensor]:
     # The norm drops the mark that the target's states have, and without it `_JUNK` drowns the token.
     hidden, norm = _map(PERMUTATION), torch.ones(SIZE)
     hidden[_MARK] = MARK
-    hidden[_MARK, _MARK] = 0
     hidden[_JUNK] += 2
+    hidden[:, _MARK] = 0
     hidden[_JUNK, _MARK] = -2 / MARK
     norm[_MARK] = 0
     return hidden, norm

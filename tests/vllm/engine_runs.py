@@ -1,0 +1,75 @@
+"""Run vLLM engines one after the other in this process: ``engine_runs.py CASES.json RESULTS.json``.
+
+A case has ``model``, ``options`` of ``vllm.LLM`` and ``requests``, each with ``prompt`` and sampling parameters. Its
+result has the ``tokens`` of each request, vLLM's own speculation counters, the drafts that were ``proposed`` in each
+step, the draft model's ``class``, or the ``error`` that the engine raised.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+COUNTERS = {
+    "vllm:spec_decode_num_drafts": "steps",
+    "vllm:spec_decode_num_draft_tokens": "drafted",
+    "vllm:spec_decode_num_accepted_tokens_per_pos": "accepted",
+    "vllm:num_preemptions": "preemptions",
+}
+OPTIONS = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, "dtype": "bfloat16", "seed": 0}
+
+
+def clean_up() -> None:
+    """Leave nothing of an engine, also one that failed, to the next: its groups are those of its model."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    llm: Any = LLM(case["model"], **{**OPTIONS, **case["options"]}, disable_log_stats=False)
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    proposed: list[Any] = []
+    result: dict[str, Any] = {"proposed": proposed}
+    if case["options"].get("speculative_config"):
+        drafter = runner.drafter
+        propose, result["class"] = drafter.propose, type(drafter.model).__name__
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            drafts = propose(*args, **kwargs)
+            proposed.append(drafts.tolist())
+            return drafts
+
+        drafter.propose = keep
+    prompts = [{"prompt_token_ids": request.pop("prompt")} for request in case["requests"]]
+    sampling = [SamplingParams(ignore_eos=True, detokenize=False, **request) for request in case["requests"]]
+    answers = llm.generate(prompts, sampling, use_tqdm=False)
+    result["tokens"] = [list(answer.outputs[0].token_ids) for answer in answers]
+    for metric in llm.get_metrics():
+        name = COUNTERS.get(metric.name)
+        if name:
+            result[name] = metric.values if hasattr(metric, "values") else metric.value
+    llm.llm_engine.engine_core.shutdown()
+    return result
+
+
+def main() -> None:
+    results = {}
+    for name, case in json.loads(Path(sys.argv[1]).read_text()).items():
+        print(f"CASE {name}", flush=True)
+        try:
+            results[name] = run(case)
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+        clean_up()
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

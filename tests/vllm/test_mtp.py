@@ -1,0 +1,263 @@
+"""MTP in vLLM: what the generic head drafts, to the token, and that the output is the target's whatever it drafts.
+
+Acceptance is asserted exactly, on a model whose text and drafts are known (`oracle`). Engines run one after the other
+in one process (`engine_runs`), except what needs a server or two ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mtp_models import write_random
+from oracle import BAD, ORDER, SIZE, continuation, expected_drafts, probability, prompt, write_oracle
+
+from fourfold.common.mtp.extract import extract
+from fourfold.common.quant.checkpoint.convert import Options, convert
+
+K = 3
+TEXTS = [prompt(ORDER[20 * i]) for i in range(4)]
+ONE_TOKEN = [[ORDER[0]], TEXTS[1]]
+TOKENS = 30
+EVERY = frozenset(range(SIZE))
+ADAPTIVE = "fourfold.vllm_ext.mtp_scheduler.AdaptiveScheduler"
+
+
+@dataclass
+class Head:
+    """An oracle to serve, and what its head gets right.
+
+    Attributes:
+        kinds, family: as `write_oracle` takes them.
+        feedback: overrides the family's in the draft directory.
+        wrong, depth: as `expected_drafts` takes them.
+        quantization: of the draft, as the user asks for it.
+        stored: quantise the checkpoint first, in this format.
+        texts: prompts.
+        options: of the engine.
+    """
+
+    kinds: tuple[str, ...]
+    family: str = "deepseek_v3"
+    feedback: str | None = None
+    wrong: frozenset[int] = frozenset()
+    depth: int | None = None
+    quantization: str | None = None
+    stored: str | None = None
+    texts: list[list[int]] = field(default_factory=lambda: TEXTS)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def k(self) -> int:
+        return self.options.get("num_speculative_tokens", K)
+
+    def expected(self, masked: bool) -> tuple[int, list[int]]:
+        """What the engine should count for `texts`; ``masked``: nothing is known of the first position's embedding."""
+        total, accepted = 0, [0] * self.k
+        for text in self.texts:
+            tokens = TOKENS
+            if masked and len(text) == 1:  # the first draft knows nothing
+                text, tokens, total = prompt(text[0], 2), tokens - 1, total + 1
+            steps, good = expected_drafts(text, tokens, self.k, self.wrong, self.depth)
+            total, accepted = total + steps, [a + b for a, b in zip(accepted, good, strict=True)]
+        return total, accepted
+
+
+NVFP4 = "fourfold_nvfp4"
+HEADS = {
+    "right": Head(("right",)),
+    "hidden state and embedding exchanged": Head(("swapped",), wrong=EVERY),
+    "wrong after one token in five": Head(("bad",), wrong=BAD),
+    "embedding alone": Head(("embedding",), texts=ONE_TOKEN),
+    "feedback after the norm": Head(("post_norm",)),
+    "feedback after the norm, described as before": Head(("post_norm",), feedback="pre_norm", depth=1),
+    "feedback before the norm": Head(("pre_norm",), feedback="pre_norm"),
+    "feedback before the norm, described as after": Head(("pre_norm",), depth=1),
+    "Qwen3-Next": Head(("right",), "qwen3_next"),
+    "Qwen3-Next, embedding alone": Head(("embedding",), "qwen3_next", texts=ONE_TOKEN),
+    "MiMo": Head(("right",), "mimo"),
+    # The V1 model runner, the only one on a CPU, drafts with the first module.
+    "two modules": Head(("right", "swapped"), options={"num_speculative_tokens": 4}),
+    "quantised while loading": Head(("right",), quantization=NVFP4),
+    "NVFP4 checkpoint of ModelOpt layout": Head(("right",), quantization=NVFP4, stored="modelopt"),
+    "NVFP4 checkpoint that names fourfold": Head(("right",), stored="fourfold"),
+    "quantised target": Head(("right",), options={"quantization": NVFP4}),
+}
+
+
+def serve(head: Head, where: Path, requests: list[dict[str, Any]], scale: float = 1.0) -> dict[str, Any]:
+    """The case of a head."""
+    target, model = write_oracle(where, head.family, head.kinds, scale)
+    if head.stored:
+        convert(model, where / "stored", Options(format=head.stored))
+        model = where / "stored"
+    extract(model, where / "draft", "vllm")
+    if head.feedback:
+        config = json.loads((where / "draft" / "config.json").read_text())
+        config["fourfold_mtp"]["formula"]["feedback"] = head.feedback
+        (where / "draft" / "config.json").write_text(json.dumps(config))
+    options = dict(head.options)
+    speculative = {"method": "mtp", "model": str(where / "draft"), "num_speculative_tokens": K}
+    speculative |= {key: options.pop(key) for key in list(options) if key.startswith("num_speculative")}
+    speculative |= {"quantization": head.quantization} if head.quantization else {}
+    return {"model": str(target), "options": {**options, "speculative_config": speculative}, "requests": requests}
+
+
+def greedy(texts: list[list[int]], tokens: int) -> list[dict[str, Any]]:
+    return [{"prompt": list(text), "temperature": 0, "max_tokens": tokens} for text in texts]
+
+
+LONG = [prompt(ORDER[40 * i], 90) for i in range(6)]
+SCALE = 0.4  # of the output head: the following token has probability 0.70
+SAMPLED = [{"prompt": prompt(ORDER[5 * i]), "temperature": 1, "max_tokens": 160} for i in range(48)]
+SAMPLED += [{"prompt": TEXTS[0], "temperature": 1, "max_tokens": 40, "top_k": 1}]
+SAMPLED += [{"prompt": TEXTS[1], "temperature": 1, "max_tokens": 40, "top_p": 1e-6}]
+
+
+def altered(case: dict[str, Any], name: str, **changes: Any) -> dict[str, Any]:
+    """The case with other values in the description of its head; None drops it."""
+    draft = Path(case["options"]["speculative_config"]["model"])
+    shutil.copytree(draft, draft.parent / name, symlinks=True)
+    config = json.loads((draft / "config.json").read_text())
+    config["fourfold_mtp"] = config["fourfold_mtp"] | changes if changes else None
+    (draft.parent / name / "config.json").write_text(json.dumps(config))
+    speculative = case["options"]["speculative_config"] | {"model": str(draft.parent / name)}
+    return {**case, "options": case["options"] | {"speculative_config": speculative}}
+
+
+def own_and_generic(where: Path, model_type: str) -> dict[str, Any]:
+    """A random model with vLLM's own class for its head, and with the generic one."""
+    model = write_random(where / "model", model_type)
+    extract(model, where / "draft", "vllm")
+    if model_type == "glm4_moe":  # vLLM's own class feeds the state before the norm back
+        config = json.loads((where / "draft" / "config.json").read_text())
+        config["fourfold_mtp"]["formula"]["feedback"] = "pre_norm"
+        (where / "draft" / "config.json").write_text(json.dumps(config))
+    texts = [[(7 * i + 31 * j) % SIZE for j in range(3 + 4 * i)] for i in range(4)]
+    cases = {}
+    for name, draft in (("own", {}), ("generic", {"model": str(where / "draft")})):
+        speculative = {"method": "mtp", "num_speculative_tokens": 2, **draft}
+        options = {"speculative_config": speculative, "skip_tokenizer_init": True}
+        cases[f"{name} {model_type}"] = {"model": str(model), "options": options, "requests": greedy(texts, 20)}
+    return cases
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of all cases, and the log under ``log``."""
+    folder = tmp_path_factory.mktemp("mtp")
+    cases = {name: serve(head, folder / name, greedy(head.texts, TOKENS)) for name, head in HEADS.items()}
+    crowded = {"block_size": 32, "num_gpu_blocks_override": 20, "max_num_batched_tokens": 64, "max_num_seqs": 6}
+    cases["crowded"] = serve(Head(("right",), options=crowded), folder / "crowded", greedy(LONG, 60))
+    cases["sampled"] = serve(Head(("embedding",), options={"max_num_seqs": 64}), folder / "sampled", SAMPLED, SCALE)
+    for kind in ("swapped", "right"):
+        options = {"scheduler_cls": ADAPTIVE, "num_speculative_tokens_per_batch_size": [[1, 8, K]]}
+        case = serve(Head((kind,), options=options), folder / f"adaptive {kind}", greedy(TEXTS[:1], 240))
+        cases[f"adaptive {kind}"] = case
+    cases["another model's"] = altered(cases["right"], "other", target_layers=5)
+    cases["not described"] = altered(cases["right"], "none")
+    cases["no table"] = {**cases["right"], "options": cases["right"]["options"] | {"scheduler_cls": ADAPTIVE}}
+    for model_type in ("glm4_moe", "deepseek_v3"):
+        cases |= own_and_generic(folder / model_type, model_type)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    script = str(Path(__file__).parent / "engine_runs.py")
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        # These models are too small for two cores.
+        "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
+    }
+    with (folder / "log").open("w") as log:
+        command = [sys.executable, script, str(folder / "cases.json"), str(folder / "results.json")]
+        subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **env}, check=True, timeout=900)
+    return json.loads((folder / "results.json").read_text()) | {"log": (folder / "log").read_text()}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_output_is_the_targets_and_acceptance_that_of_the_head(runs: dict[str, Any], name: str) -> None:
+    head, result = HEADS[name], runs[name]
+    assert result["tokens"] == [continuation(text[-1], TOKENS) for text in head.texts]
+    assert (result["steps"], result["accepted"]) == head.expected(masked=head.family != "qwen3_next")
+    assert result["drafted"] == head.k * result["steps"] and result["class"] == "FourfoldMTP"
+
+
+def test_the_log_says_how_heads_are_served(runs: dict[str, Any]) -> None:
+    logs = {part.partition("\n")[0]: part for part in runs["log"].split("CASE ")}
+    assert "fourfold: MTP head mimo around LlamaDecoderLayer, 1 of 1 modules draft" in logs["MiMo"]
+    assert "fourfold: MTP head deepseek_v3 around LlamaDecoderLayer, 1 of 2 modules draft" in logs["two modules"]
+    assert "around DeepseekV2DecoderLayer" in logs["generic deepseek_v3"]
+    kinds = "5 layers (eh_proj, down_proj, gate_up_proj, o_proj, qkv_proj)"
+    for name, origin in (
+        ("quantised while loading", "quantised while loading"),
+        ("NVFP4 checkpoint of ModelOpt layout", "weights of the checkpoint (modelopt)"),
+        ("NVFP4 checkpoint that names fourfold", "weights of the checkpoint (compressed-tensors)"),
+    ):
+        served = [line for line in logs[name].splitlines() if "fourfold: nvfp4" in line]
+        assert len(served) == 1 and kinds in served[0] and origin in served[0]
+    served = [line for line in logs["quantised target"].splitlines() if "fourfold: nvfp4" in line]
+    assert len(served) == 1 and "eh_proj" not in served[0] and "8 layers" in served[0]
+    assert "fourfold: nvfp4" not in logs["right"]
+
+
+def test_prefill_in_chunks_and_preempted_requests(runs: dict[str, Any]) -> None:
+    result = runs["crowded"]
+    assert result["tokens"] == [continuation(text[-1], 60) for text in LONG]
+    assert result["preemptions"] > 0 and result["accepted"] == [result["steps"]] * K
+
+
+def test_sampled_output_follows_the_target(runs: dict[str, Any]) -> None:
+    result = runs["sampled"]
+    counts = [0] * SIZE
+    for request, tokens in zip(SAMPLED[:48], result["tokens"], strict=False):
+        for last, token in zip([request["prompt"][-1], *tokens], tokens, strict=False):
+            counts[(ORDER.index(token) - ORDER.index(last) - 1) % SIZE] += 1
+    total, p = sum(counts), probability(SCALE)
+    expected = [total * p] + [total * (1 - p) / (SIZE - 1)] * (SIZE - 1)
+    square = sum((n - e) ** 2 / e for n, e in zip(counts, expected, strict=True))
+    print(f"chi-square {square:.1f} with 255 degrees of freedom, {total} tokens")
+    assert square < 330.5  # 0.1 % of draws are above
+    reached = [result["steps"], *result["accepted"]]
+    for before, accepted in zip(reached, reached[1:], strict=False):
+        assert abs(accepted / before - p) < 4 * (p * (1 - p) / before) ** 0.5
+    assert result["tokens"][48:] == [continuation(text[-1], 40) for text in TEXTS[:2]]
+
+
+@pytest.mark.parametrize("kind", ["swapped", "right"])
+def test_the_draft_length_is_learned(runs: dict[str, Any], kind: str) -> None:
+    result = runs[f"adaptive {kind}"]
+    assert result["tokens"] == [continuation(TEXTS[0][-1], 240)]
+    lengths = [len(step[0]) for step in result["proposed"]]
+    print("".join(map(str, lengths)))
+    assert set(lengths) == set(range(K + 1))  # each is tried
+    settled = lengths[-20:]
+    if kind == "swapped":
+        assert len(lengths) > 230 and sum(settled) < 20 and lengths.count(0) > len(lengths) / 2
+    else:
+        assert sum(settled) > 2 * len(settled) and len(lengths) < 150
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "deepseek_v3"])
+def test_drafts_as_vllms_own_class_does(runs: dict[str, Any], model_type: str) -> None:
+    own, generic = runs[f"own {model_type}"], runs[f"generic {model_type}"]
+    assert own["class"] != "FourfoldMTP" == generic["class"]
+    assert own["tokens"] == generic["tokens"] and own["proposed"] == generic["proposed"]
+    assert len({tuple(draft) for step in own["proposed"] for draft in step}) > 60
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("another model's", "is the head of a model of 5 layers and hidden size 256; "),
+        ("not described", "fourfold_mtp: expected an object, got None; write the draft directory again"),
+        ("no table", "--speculative-config needs num_speculative_tokens_per_batch_size, for instance [[1, 8, 3]]"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(runs: dict[str, Any], name: str, words: str) -> None:
+    assert words in runs[name]["error"]

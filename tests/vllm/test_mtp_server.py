@@ -1,0 +1,119 @@
+"""MTP in vLLM as a server, and over two ranks: its metrics, cached prefixes, logprobs, grammars, cancelled requests."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import re
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracle import ORDER, PERMUTATION, SIZE, character, continuation, expected_drafts, probability, prompt, write_oracle
+
+from fourfold.common.mtp.extract import extract
+from fourfold.common.serving import EngineServer
+
+K, SCALE = 3, 0.4
+ARGUMENTS = ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager"]
+
+
+def start(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> EngineServer:
+    target, model = write_oracle(folder / "oracle", scale=SCALE)
+    extract(model, folder / "draft", "vllm")
+    speculative = {"method": "mtp", "model": str(folder / "draft"), "num_speculative_tokens": K}
+    flags = [*ARGUMENTS, "--speculative-config", json.dumps(speculative), *arguments]
+    return EngineServer("vllm", str(target), folder / "log", flags, env or {"VLLM_CPU_OMP_THREADS_BIND": "0"})
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
+    with start(tmp_path_factory.mktemp("mtp"), "--block-size", "32", "--enable-prefix-caching") as running:
+        yield running
+
+
+def complete(server: EngineServer, text: list[int], tokens: int, **options: Any) -> dict[str, Any]:
+    body = {"model": server.model, "prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    answer = server.post("/v1/completions", {**body, "return_token_ids": True, **options})
+    return answer["choices"][0]
+
+
+def counters(server: EngineServer) -> dict[str, float]:
+    """vLLM's metrics by name, without the prefix; drafts accepted at a position are under its number."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    found = {}
+    for name, labels, value in re.findall(r"^vllm:(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        position = re.search(r'position="(\d+)"', labels) if name.endswith("per_pos_total") else None
+        found[position[1] if position else name] = float(value)
+    return found
+
+
+def counted(before: dict[str, float], after: dict[str, float]) -> tuple[int, list[int]]:
+    """Steps that verified drafts, and accepted drafts by position."""
+    steps, *accepted = (after[n] - before[n] for n in ("spec_decode_num_drafts_total", *map(str, range(K))))
+    return int(steps), [int(n) for n in accepted]
+
+
+def test_acceptance_in_the_metrics(server: EngineServer) -> None:
+    before, text = counters(server), prompt(ORDER[0])
+    assert complete(server, text, 40)["token_ids"] == continuation(text[-1], 40)
+    assert counted(before, counters(server)) == expected_drafts(text, 40, K)
+
+
+def test_a_cached_prefix_is_one_for_the_draft_too(server: EngineServer) -> None:
+    text = prompt(ORDER[40], 100)
+    complete(server, text[:80], 4)
+    before = counters(server)
+    assert complete(server, text, 40)["token_ids"] == continuation(text[-1], 40)
+    after = counters(server)
+    assert after["prefix_cache_hits_total"] - before["prefix_cache_hits_total"] == 32
+    assert counted(before, after) == expected_drafts(text, 40, K)
+
+
+def test_logprobs_are_the_targets(server: EngineServer) -> None:
+    text = prompt(ORDER[80])
+    choice = complete(server, text, 40, logprobs=2)
+    assert choice["token_ids"] == continuation(text[-1], 40)
+    found = choice["logprobs"]["token_logprobs"]
+    assert len(found) == 40 and all(abs(value - math.log(probability(SCALE))) < 0.01 for value in found)
+
+
+def test_a_grammar_cuts_drafts(server: EngineServer) -> None:
+    allowed = [token for token in range(SIZE) if token % 4]
+    text, expected = prompt(ORDER[120]), []
+    for _ in range(40):
+        following = PERMUTATION[[*text, *expected][-1]]
+        expected.append(following if following in allowed else allowed[0])  # all others are equally likely
+    before = counters(server)
+    regex = f"[{''.join(map(character, allowed))}]*"
+    assert complete(server, text, 40, structured_outputs={"regex": regex})["token_ids"] == expected
+    steps, accepted = counted(before, counters(server))
+    assert 10 < steps < 40 and 0 < accepted[0] < steps
+
+
+def test_a_cancelled_stream_leaves_nothing_behind(server: EngineServer) -> None:
+    texts = [prompt(ORDER[30 * i], 20) for i in range(4)]
+    for text in texts[:2]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        body = {"model": server.model, "prompt": text, "max_tokens": 450, "ignore_eos": True, "stream": True}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        assert connection.getresponse().read(200)
+        connection.close()
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda text: complete(server, text, 60)["token_ids"], texts))
+    assert answers == [continuation(text[-1], 60) for text in texts]
+    found = counters(server)
+    assert found["num_requests_running"] == found["num_requests_waiting"] == 0
+    assert found["generation_tokens_total"] < 1000  # the cancelled ones ended
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    with start(tmp_path, "--tensor-parallel-size", "2", env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}) as server:
+        before, text = counters(server), prompt(ORDER[0])
+        assert complete(server, text, 40)["token_ids"] == continuation(text[-1], 40)
+        assert counted(before, counters(server)) == expected_drafts(text, 40, K)
