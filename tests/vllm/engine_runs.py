@@ -1,8 +1,9 @@
 """Run vLLM engines one after the other in this process: ``engine_runs.py CASES.json RESULTS.json``.
 
-A case has ``model``, ``options`` of ``vllm.LLM`` and ``requests``, each with ``prompt`` and sampling parameters. Its
-result has the ``tokens`` of each request, vLLM's own speculation counters, the drafts that were ``proposed`` in each
-step, the draft model's ``class``, or the ``error`` that the engine raised.
+A case has ``model``, ``options`` of ``vllm.LLM`` and ``requests``, each with ``prompt`` and sampling parameters. With
+``step_seconds``, by the number of tokens drafted, fourfold's scheduler sees steps of that duration, whatever else the
+machine does. A result has the ``tokens`` of each request, vLLM's own speculation counters, the drafts that were
+``proposed`` in each step, the draft model's ``class``, or the ``error`` that the engine raised.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 COUNTERS = {
@@ -33,6 +36,10 @@ def clean_up() -> None:
 def run(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
+    from fourfold.vllm_ext import mtp_scheduler
+
+    now = 0.0
+    mtp_scheduler.time = SimpleNamespace(perf_counter=lambda: now) if "step_seconds" in case else time
     llm: Any = LLM(case["model"], **{**OPTIONS, **case["options"]}, disable_log_stats=False)
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     proposed: list[Any] = []
@@ -42,8 +49,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         propose, result["class"] = drafter.propose, type(drafter.model).__name__
 
         def keep(*args: Any, **kwargs: Any) -> Any:
+            nonlocal now
             drafts = propose(*args, **kwargs)
             proposed.append(drafts.tolist())
+            now += case["step_seconds"][drafts.shape[1]] if "step_seconds" in case else 0
             return drafts
 
         drafter.propose = keep
