@@ -2,7 +2,7 @@
 
 A case has ``model``, ``options`` of ``vllm.LLM`` and ``requests``, each with ``prompt`` and sampling parameters. With
 ``step_seconds``, by the number of tokens drafted, fourfold's scheduler sees steps of that duration, whatever else the
-machine does. A result has the ``tokens`` of each request, vLLM's own speculation counters, the drafts that were
+machine does. Its result has the ``tokens`` of each request, vLLM's own speculation counters, the drafts that were
 ``proposed`` in each step, the draft model's ``class``, or the ``error`` that the engine raised.
 """
 
