@@ -1,7 +1,8 @@
-"""A repair of speculative sampling on CPUs: vLLM's ``expand`` kernel for them computes into a copy and drops it.
+"""Two repairs of speculative sampling on CPUs. Greedy decoding, and decoding without speculation, need neither.
 
-Temperature, top-k and top-p of the tokens to verify then come from uninitialised memory, and sampled output does not
-follow the target (vLLM issue 55005). Greedy decoding, and decoding without speculation, do not call the kernel.
+vLLM's ``expand`` kernel for CPUs computes into a copy and drops it: temperature, top-k and top-p of the tokens to
+verify come from uninitialised memory, and sampled output does not follow the target (vLLM issue 55005). And its top-k
+for CPUs fails on no rows, which a step that verifies nothing has, as the first of a request: the engine ends.
 """
 
 from __future__ import annotations
@@ -36,11 +37,19 @@ def expand(
 
 
 def repair() -> None:
-    """Put `expand` where vLLM's CPU platform takes its kernel from.
+    """Put both where vLLM's CPU code looks them up.
 
     Not by ``register_kernels``: each worker registers the platform's kernels after it has loaded the plugins.
     """
-    if current_platform.is_cpu():
-        from vllm.utils import cpu_triton_utils
+    if not current_platform.is_cpu():
+        return
+    from vllm.utils import cpu_triton_utils
+    from vllm.v1.sample.ops import topk_topp_sampler
 
-        cpu_triton_utils._expand_kernel_impl = expand
+    stock = topk_topp_sampler.apply_top_k_only
+
+    def apply_top_k_only(logits: Tensor, k: Tensor) -> Tensor:
+        return stock(logits, k) if len(logits) else logits
+
+    cpu_triton_utils._expand_kernel_impl = expand
+    topk_topp_sampler.apply_top_k_only = apply_top_k_only

@@ -2,7 +2,7 @@
 
 - The quantisation method ``fourfold_nvfp4``.
 - The draft model class ``FourfoldMTP`` and the config classes of draft directories; both are imported when used. On a
-  CPU this patches one function, vLLM's ``expand`` kernel of speculative sampling (`cpu_sampling`).
+  CPU this patches two functions of speculative sampling (`cpu_sampling`).
 
 `register` is the entry point of ``vllm.general_plugins``: vLLM calls it in every process, for every model. It may be
 called again, never raises, and logs one line: that it registered; and one more where a feature is off, with what is
