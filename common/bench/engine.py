@@ -222,7 +222,7 @@ def engine(
         bandwidth = machine.read_bandwidth()
         status.update("the linear layers alone")
         parts = step.parts(path, batches, scheme)
-    weights = peers.bytes_per_token(path)
+    weights = step.bytes_per_token(path)
     if as_json:
         result = {"machine": machine.describe(), "engine": [name, version], "model": model, "tokens": tokens}
         result |= {"bandwidth": bandwidth, "bytes_per_token": weights, "rows": [asdict(r) for r in rows]}

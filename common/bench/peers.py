@@ -37,22 +37,6 @@ def headers(model: Path) -> Iterator[tuple[str, list[int]]]:
                 yield name, tensors.get_slice(name).get_shape()
 
 
-def bytes_per_token(model: Path) -> dict[str, int]:
-    """Bytes of weights that one decoded token reads, for BF16 and NVFP4 (the head is BF16 in both)."""
-    linear = head = embedding = 0
-    for name, shape in headers(model):
-        size = 1
-        for extent in shape:
-            size *= extent
-        if is_projection(name):
-            linear += size
-        elif "lm_head" in name:
-            head = size
-        elif "embed_tokens" in name:
-            embedding = size
-    return {"BF16": 2 * (linear + (head or embedding)), "NVFP4": linear * 9 // 16 + 2 * (head or embedding)}
-
-
 def int4_checkpoint(model: Path) -> Path:
     """Write (once) the INT4 checkpoint of ``model`` in the cache and return its folder.
 

@@ -43,6 +43,13 @@ def shapes(model: Path) -> tuple[Counter[tuple[int, int]], tuple[int, int]]:
     return Counter((n, k) for (_, k), n in rows.items()), head if head[0] else tied
 
 
+def bytes_per_token(model: Path) -> dict[str, int]:
+    """Bytes of weights that one decoded token reads, for BF16 and NVFP4 (the head is BF16 in both)."""
+    counts, head = shapes(model)
+    layers, last = sum(count * n * k for (n, k), count in counts.items()), head[0] * head[1]
+    return {"BF16": 2 * (layers + last), "NVFP4": layers * 9 // 16 + 2 * last}
+
+
 def parts(model: Path, batches: Sequence[int], scheme: str) -> list[Parts]:
     """Time the linear layers of ``model``, each with weights that no cache holds."""
     counts, head = shapes(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import shutil
 import struct
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from damages import INDEX, Damage, edit_bytes, edit_config, edit_header, edit_json
 from safetensors.torch import load_file, save_file
 
 from fourfold.common.errors import FourfoldError
@@ -22,21 +22,6 @@ from fourfold.common.quant.source import read_source
 from fourfold.common.settings import parse_settings
 
 SHARD = "model-00002-of-00003.safetensors"
-INDEX = "model.safetensors.index.json"
-Damage = Callable[[Path], None]
-
-
-def _json(name: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
-    def damage(path: Path) -> None:
-        data = json.loads((path / name).read_text())
-        result = change(data)
-        (path / name).write_text(json.dumps(data if result is None else result))
-
-    return damage
-
-
-def _bytes(name: str, change: Callable[[bytes], bytes]) -> Damage:
-    return lambda path: (path / name).write_bytes(change((path / name).read_bytes())) and None
 
 
 def _tensor(change: Callable[[dict[str, torch.Tensor]], None]) -> Damage:
@@ -48,65 +33,50 @@ def _tensor(change: Callable[[dict[str, torch.Tensor]], None]) -> Damage:
     return damage
 
 
-def _header(change: Callable[[dict[str, Any]], None]) -> Damage:
-    def edit(data: bytes) -> bytes:
-        length = struct.unpack("<Q", data[:8])[0]
-        header = json.loads(data[8 : 8 + length])
-        change(header)
-        text = json.dumps(header).encode()
-        return struct.pack("<Q", len(text)) + text + data[8 + length :]
-
-    return _bytes(SHARD, edit)
-
-
 def _set(name: str, tensor: torch.Tensor) -> Damage:
     return _tensor(lambda tensors: tensors.update({name: tensor}))
-
-
-def _config(**values: Any) -> Damage:
-    return _json("config.json", lambda config: config.update(values))
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
 DAMAGES: dict[str, Damage] = {
     "no config": lambda p: (p / "config.json").unlink(),
-    "config is a list": _json("config.json", lambda c: [1]),
+    "config is a list": edit_json("config.json", lambda c: [1]),
     "config is empty": lambda p: (p / "config.json").write_text("") and None,
     "config is binary": lambda p: (p / "config.json").write_bytes(b"\xff\xfe\x00") and None,
     "shard missing": lambda p: (p / SHARD).unlink(),
-    "index without map": _json(INDEX, lambda i: {"metadata": {}}),
-    "index map empty": _json(INDEX, lambda i: {"weight_map": {}}),
-    "index map is a list": _json(INDEX, lambda i: {"weight_map": ["a"]}),
-    "index leaves the folder": _json(INDEX, lambda i: i["weight_map"].update({UP: "../x.safetensors"})),
-    "index names a number": _json(INDEX, lambda i: i["weight_map"].update({UP: 3})),
-    "index names a lost tensor": _json(INDEX, lambda i: i["weight_map"].update({"model.lost.weight": SHARD})),
+    "index without map": edit_json(INDEX, lambda i: {"metadata": {}}),
+    "index map empty": edit_json(INDEX, lambda i: {"weight_map": {}}),
+    "index map is a list": edit_json(INDEX, lambda i: {"weight_map": ["a"]}),
+    "index leaves the folder": edit_json(INDEX, lambda i: i["weight_map"].update({UP: "../x.safetensors"})),
+    "index names a number": edit_json(INDEX, lambda i: i["weight_map"].update({UP: 3})),
+    "index names a lost tensor": edit_json(INDEX, lambda i: i["weight_map"].update({"model.lost.weight": SHARD})),
     "no index for shards": lambda p: (p / INDEX).unlink(),
     "no tensors at all": lambda p: [f.unlink() for f in p.glob("*.safetensors*")] and None,
     "NaN": _set(UP, torch.full((192, 128), torch.nan)),
     "infinity": _set(UP, torch.full((192, 128), torch.inf)),
     "FP8 without scales": _set(UP, torch.ones(192, 128).to(torch.float8_e4m3fn)),
-    "quantised already": _config(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}),
-    "other method": _config(quantization_config={"quant_method": "awq", "bits": 4}),
-    "FP8 per tensor": _config(quantization_config={"quant_method": "fp8"}),
-    "FP8 odd block": _config(quantization_config={"quant_method": "fp8", "weight_block_size": [128]}),
-    "quantization_config is a list": _config(quantization_config=["nvfp4"]),
-    "offsets not a list": _header(lambda h: h[UP].update(data_offsets=4)),
-    "header without dtype": _header(lambda h: h[UP].pop("dtype")),
-    "dtype unknown to safetensors": _header(lambda h: h[UP].update(dtype="F2")),
-    "shape too large": _header(lambda h: h[UP].update(shape=[1 << 20, 1 << 20])),
+    "quantised already": edit_config(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    "other method": edit_config(quantization_config={"quant_method": "awq", "bits": 4}),
+    "FP8 per tensor": edit_config(quantization_config={"quant_method": "fp8"}),
+    "FP8 odd block": edit_config(quantization_config={"quant_method": "fp8", "weight_block_size": [128]}),
+    "quantization_config is a list": edit_config(quantization_config=["nvfp4"]),
+    "offsets not a list": edit_header(SHARD, lambda h: h[UP].update(data_offsets=4)),
+    "header without dtype": edit_header(SHARD, lambda h: h[UP].pop("dtype")),
+    "dtype unknown to safetensors": edit_header(SHARD, lambda h: h[UP].update(dtype="F2")),
+    "shape too large": edit_header(SHARD, lambda h: h[UP].update(shape=[1 << 20, 1 << 20])),
 }
 for dtype in (torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool):
     DAMAGES[f"weight of {dtype}"] = _set(UP, torch.ones(192, 128).to(dtype))
 for cut in range(0, 100, 2):
-    DAMAGES[f"shard cut at {cut}%"] = _bytes(SHARD, lambda data, cut=cut: data[: len(data) * cut // 100])
+    DAMAGES[f"shard cut at {cut}%"] = edit_bytes(SHARD, lambda data, cut=cut: data[: len(data) * cut // 100])
 for cut in (1, 3, 17, 100):
-    DAMAGES[f"config cut by {cut}"] = _bytes("config.json", lambda data, cut=cut: data[:-cut])
-    DAMAGES[f"index cut by {cut}"] = _bytes(INDEX, lambda data, cut=cut: data[:-cut])
+    DAMAGES[f"config cut by {cut}"] = edit_bytes("config.json", lambda data, cut=cut: data[:-cut])
+    DAMAGES[f"index cut by {cut}"] = edit_bytes(INDEX, lambda data, cut=cut: data[:-cut])
 for extra in (1, 8, 4096):
-    DAMAGES[f"shard with {extra} bytes more"] = _bytes(SHARD, lambda data, extra=extra: data + b"x" * extra)
+    DAMAGES[f"shard with {extra} bytes more"] = edit_bytes(SHARD, lambda data, extra=extra: data + b"x" * extra)
 for seed in range(40):
     noise = random.Random(seed).randbytes(64)
-    DAMAGES[f"noise {seed} in the header"] = _bytes(SHARD, lambda d, n=noise: d[:12] + n + d[76:])
+    DAMAGES[f"noise {seed} in the header"] = edit_bytes(SHARD, lambda d, n=noise: d[:12] + n + d[76:])
 
 
 @pytest.fixture(scope="module")

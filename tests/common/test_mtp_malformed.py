@@ -2,103 +2,72 @@
 
 from __future__ import annotations
 
-import json
 import random
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damages import INDEX, Damage, edit_bytes, edit_config, edit_header, edit_json
 from mtp_checkpoints import BY_NAME, HIDDEN, LAYERS, VOCABULARY, architecture, head, layer, model, target, write_model
 
 from fourfold.common import cli
 
 FIRST, MIDDLE, LAST = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
-INDEX = "model.safetensors.index.json"
-Damage = Callable[[Path], Any]
 DAMAGES: dict[str, Damage] = {}
-
-
-def _json(name: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
-    def damage(path: Path) -> None:
-        data = json.loads((path / name).read_text())
-        result = change(data)
-        (path / name).write_text(json.dumps(data if result is None else result))
-
-    return damage
-
-
-def _bytes(name: str, change: Callable[[bytes], bytes]) -> Damage:
-    return lambda path: (path / name).write_bytes(change((path / name).read_bytes()))
-
-
-def _header(change: Callable[[dict[str, Any]], None]) -> Damage:
-    def edit(data: bytes) -> bytes:
-        length = struct.unpack("<Q", data[:8])[0]
-        header = json.loads(data[8 : 8 + length])
-        change(header)
-        text = json.dumps(header).encode()
-        return struct.pack("<Q", len(text)) + text + data[8 + length :]
-
-    return _bytes(LAST, edit)
-
-
-def _config(**values: Any) -> Damage:
-    return _json("config.json", lambda config: config.update(values))
 
 
 NORM = "model.layers.2.shared_head.norm.weight"
 for file in ("config.json", INDEX):
     DAMAGES |= {
-        f"{file} is a list": _json(file, lambda data: [1]),
-        f"{file} is empty": _bytes(file, lambda data: b""),
-        f"{file} is binary": _bytes(file, lambda data: b"\xff\xfe\x00"),
+        f"{file} is a list": edit_json(file, lambda data: [1]),
+        f"{file} is empty": edit_bytes(file, lambda data: b""),
+        f"{file} is binary": edit_bytes(file, lambda data: b"\xff\xfe\x00"),
     }
     for cut in (1, 3, 17, 100):
-        DAMAGES[f"{file} cut by {cut}"] = _bytes(file, lambda data, cut=cut: data[:-cut])
+        DAMAGES[f"{file} cut by {cut}"] = edit_bytes(file, lambda data, cut=cut: data[:-cut])
 DAMAGES |= {
     "no config": lambda p: (p / "config.json").unlink(),
-    "index without map": _json(INDEX, lambda i: {"metadata": {}}),
-    "index map empty": _json(INDEX, lambda i: {"weight_map": {}}),
-    "index map is a list": _json(INDEX, lambda i: {"weight_map": ["a"]}),
-    "index leaves the folder": _json(INDEX, lambda i: i["weight_map"].update({NORM: "../x.safetensors"})),
-    "index names a number": _json(INDEX, lambda i: i["weight_map"].update({NORM: 3})),
-    "index names a lost tensor": _json(INDEX, lambda i: i["weight_map"].update({"model.lost.weight": LAST})),
-    "index names another shard": _json(INDEX, lambda i: i["weight_map"].update({NORM: FIRST})),
-    "index forgets a role": _json(INDEX, lambda i: i["weight_map"].pop(NORM) and None),
+    "index without map": edit_json(INDEX, lambda i: {"metadata": {}}),
+    "index map empty": edit_json(INDEX, lambda i: {"weight_map": {}}),
+    "index map is a list": edit_json(INDEX, lambda i: {"weight_map": ["a"]}),
+    "index leaves the folder": edit_json(INDEX, lambda i: i["weight_map"].update({NORM: "../x.safetensors"})),
+    "index names a number": edit_json(INDEX, lambda i: i["weight_map"].update({NORM: 3})),
+    "index names a lost tensor": edit_json(INDEX, lambda i: i["weight_map"].update({"model.lost.weight": LAST})),
+    "index names another shard": edit_json(INDEX, lambda i: i["weight_map"].update({NORM: FIRST})),
+    "index forgets a role": edit_json(INDEX, lambda i: i["weight_map"].pop(NORM) and None),
     "no index for shards": lambda p: (p / INDEX).unlink(),
     "no tensors at all": lambda p: [f.unlink() for f in p.glob("*.safetensors*")],
-    "offsets not a list": _header(lambda h: h[NORM].update(data_offsets=4)),
-    "header without dtype": _header(lambda h: h[NORM].pop("dtype")),
-    "dtype unknown to safetensors": _header(lambda h: h[NORM].update(dtype="F2")),
-    "shape too large": _header(lambda h: h[NORM].update(shape=[1 << 20, 1 << 20])),
-    "shape of text": _header(lambda h: h[NORM].update(shape="64")),
+    "offsets not a list": edit_header(LAST, lambda h: h[NORM].update(data_offsets=4)),
+    "header without dtype": edit_header(LAST, lambda h: h[NORM].pop("dtype")),
+    "dtype unknown to safetensors": edit_header(LAST, lambda h: h[NORM].update(dtype="F2")),
+    "shape too large": edit_header(LAST, lambda h: h[NORM].update(shape=[1 << 20, 1 << 20])),
+    "shape of text": edit_header(LAST, lambda h: h[NORM].update(shape="64")),
 }
 for shard in (FIRST, MIDDLE, LAST):
     DAMAGES[f"{shard} missing"] = lambda p, shard=shard: (p / shard).unlink()
     for cut in range(0, 100, 10):
-        DAMAGES[f"{shard} cut at {cut}%"] = _bytes(shard, lambda data, cut=cut: data[: len(data) * cut // 100])
+        DAMAGES[f"{shard} cut at {cut}%"] = edit_bytes(shard, lambda data, cut=cut: data[: len(data) * cut // 100])
 for extra in (1, 8, 4096):
-    DAMAGES[f"{extra} bytes more"] = _bytes(LAST, lambda data, extra=extra: data + b"x" * extra)
+    DAMAGES[f"{extra} bytes more"] = edit_bytes(LAST, lambda data, extra=extra: data + b"x" * extra)
 for seed in range(30):
     noise = random.Random(seed).randbytes(64)
-    DAMAGES[f"noise {seed} in the header"] = _bytes(LAST, lambda d, n=noise: d[:12] + n + d[76:])
+    DAMAGES[f"noise {seed} in the header"] = edit_bytes(LAST, lambda d, n=noise: d[:12] + n + d[76:])
 for key in ("num_hidden_layers", "hidden_size", "vocab_size", "architectures"):
-    DAMAGES[f"config without {key}"] = _json("config.json", lambda c, key=key: c.pop(key) and None)
+    DAMAGES[f"config without {key}"] = edit_json("config.json", lambda c, key=key: c.pop(key) and None)
     for value in (0, -1, 2.5, "2", None, True, [], {}):
-        DAMAGES[f"{key} is {value!r}"] = _config(**{key: value})
+        DAMAGES[f"{key} is {value!r}"] = edit_config(**{key: value})
 DAMAGES |= {
-    "fewer layers than there are": _config(num_hidden_layers=1),
-    "more layers than there are": _config(num_hidden_layers=9),
-    "another hidden size": _config(hidden_size=HIDDEN * 2),
-    "a larger vocabulary": _config(vocab_size=VOCABULARY + 1),
-    "DeepSeek V4.1": _config(model_type="deepseek_v41"),
-    "architectures of numbers": _config(architectures=[3]),
+    "fewer layers than there are": edit_config(num_hidden_layers=1),
+    "more layers than there are": edit_config(num_hidden_layers=9),
+    "another hidden size": edit_config(hidden_size=HIDDEN * 2),
+    "a larger vocabulary": edit_config(vocab_size=VOCABULARY + 1),
+    "DeepSeek V4.1": edit_config(model_type="deepseek_v41"),
+    "architectures of numbers": edit_config(architectures=[3]),
 }
 for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers"):
     for value in (-1, "1", [1], 1.0, True):
-        DAMAGES[f"{key} is {value!r}"] = _config(**{key: value})
+        DAMAGES[f"{key} is {value!r}"] = edit_config(**{key: value})
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 QUANTIZATION: list[Any] = [
     *("nvfp4", ["nvfp4"], 3, True),
@@ -113,7 +82,7 @@ QUANTIZATION: list[Any] = [
     {"quant_method": "mxfp4", "modules_to_not_convert": [None]},
 ]
 for value in QUANTIZATION:
-    DAMAGES[f"quantization_config is {value!r}"] = _config(quantization_config=value)
+    DAMAGES[f"quantization_config is {value!r}"] = edit_config(quantization_config=value)
 
 ROLE_SHAPES = {"eh_proj": (HIDDEN, 2 * HIDDEN), "e_proj": (HIDDEN, HIDDEN), "h_proj": (HIDDEN, HIDDEN)}
 ROLE_SHAPES |= {"head": (VOCABULARY, HIDDEN), "embedding": (VOCABULARY, HIDDEN)}

@@ -118,7 +118,7 @@ def convert(model: Path, out: Path, options: Options, note: Note = lambda text, 
     with _locked(part):
         _resume_or_restart(part, checkpoint, options)
         work = _Work(checkpoint, source, choice, options, part / GPTQ)
-        work.statistics = _statistics(checkpoint, source, choice, options, part, report, note, work.feed_back)
+        work.statistics = _statistics(work, part, report, note)
         try:
             for number, shard in enumerate(checkpoint.shards):
                 if not (part / shard).exists():
@@ -178,16 +178,8 @@ def _resume_or_restart(part: Path, checkpoint: Checkpoint, options: Options) -> 
         path.write_text(json.dumps(state))
 
 
-def _statistics(
-    checkpoint: Checkpoint,
-    source: Source,
-    choice: Choice,
-    options: Options,
-    part: Path,
-    report: Report,
-    note: Note,
-    feed_back: calibrate.Visit,
-) -> Importance | None:
+def _statistics(work: _Work, part: Path, report: Report, note: Note) -> Importance | None:
+    options, quantised = work.options, report.choice.quantised
     if options.importance == "none":
         return None
     saved = part / FILE
@@ -199,20 +191,20 @@ def _statistics(
         return None  # nothing would use them
     else:
         note("statistics", 0.0)
-        tokens, origin = calibrate.calibration_tokens(checkpoint, options.calibration)
-        visit = feed_back if options.gptq else None
+        tokens, origin = calibrate.calibration_tokens(work.checkpoint, options.calibration)
+        visit = work.feed_back if options.gptq else None
 
         def tell(name: str) -> None:
             note(f"statistics: {name}", 0.0)
 
         found, report.unseen = calibrate.collect(
-            checkpoint, choice.quantised, tokens, origin, source.block, tell, visit
+            work.checkpoint, quantised, tokens, origin, work.source.block, tell, visit
         )
-    missing = [name for name in choice.quantised if name not in found.mean_square]
-    if missing and len(missing) == len(choice.quantised):
+    missing = [name for name in quantised if name not in found.mean_square]
+    if missing and len(missing) == len(quantised):
         raise FourfoldError(f"the statistics have no layer of this model ({missing[0]} and all others are missing)")
-    if options.scheme is Scheme.W4A4 and any(name not in found.amax for name in choice.quantised):
-        lost = next(name for name in choice.quantised if name not in found.amax)
+    if options.scheme is Scheme.W4A4 and any(name not in found.amax for name in quantised):
+        lost = next(name for name in quantised if name not in found.amax)
         raise FourfoldError(f"the statistics have no amax of {lost}, which w4a4 needs; collect them again")
     report.unseen = sorted({*report.unseen, *missing})
     save_importance(saved, found)
