@@ -75,10 +75,30 @@ class QuantSettings(_Strict):
         return any(re.search(pattern, name) for pattern in self.ignore)
 
 
+class HybridSettings(_Strict):
+    """Options of hybrid drafting: drafts from a request's own text first, from its MTP head otherwise."""
+
+    min_match: int = Field(
+        default=4, ge=1, description="tokens of the current suffix that must have occurred before, to draft from there"
+    )
+    max_draft: int = Field(default=16, ge=1, description="longest draft from the text, below the engine's own limit")
+    draft_per_match: float = Field(
+        default=1.0, gt=0, description="drafted tokens for each matched token: longer matches are likelier to go on"
+    )
+    head_tokens: int = Field(default=3, ge=1, description="tokens that the MTP head drafts where the text does not")
+
+
+class MtpSettings(_Strict):
+    """Options of multi-token prediction."""
+
+    hybrid: HybridSettings = Field(default_factory=HybridSettings)
+
+
 class Settings(_Strict):
     """All options."""
 
     quant: QuantSettings = Field(default_factory=QuantSettings)
+    mtp: MtpSettings = Field(default_factory=MtpSettings)
 
 
 def parse_settings(data: Any, source: str) -> Settings:

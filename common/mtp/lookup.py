@@ -8,11 +8,20 @@ and memory is linear: at most two states and three transitions a token.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from fourfold.common.errors import FourfoldError
 
 _NONE = -1
 _ROOT = 0
+
+
+class Tokens(Protocol):
+    """A list or a one-dimensional array of token ids; slices of it are taken, never all of it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> Iterable[int]: ...
 
 
 class SuffixLookup:
@@ -65,6 +74,14 @@ class SuffixLookup:
         The earlier occurrence may overlap the suffix. (0, 0) if the last token is new.
         """
         return self._match
+
+    def precedes(self, tokens: Tokens, checked: int) -> bool:
+        """Whether ``tokens`` goes on from the text known here, judged by its last ``checked`` tokens."""
+        known = len(self._tokens)
+        if len(tokens) < known:
+            return False
+        start = max(known - checked, 0)
+        return list(tokens[start:known]) == self._tokens[start:]
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Append prompt or accepted tokens."""
