@@ -158,6 +158,12 @@ def sglang_platform() -> str | None:
 
 
 @cache
+def api_key() -> str | None:
+    """The key that ``FOURFOLD_API_KEY`` holds for servers that ask for one (latched)."""
+    return os.environ.get("FOURFOLD_API_KEY") or None
+
+
+@cache
 def cxx() -> str | None:
     """The C++ compiler that ``CXX`` names (latched)."""
     return os.environ.get("CXX") or None
