@@ -10,7 +10,7 @@ No engine, no torch: the engine reports verified text and verified drafts, and a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -50,7 +50,7 @@ class SourceTotals:
 class _Request:
     lookup: SuffixLookup
     needed: int  # match length that gives a draft
-    source: Source = "mtp"  # of the draft to be verified next
+    source: Source | None = None  # of the draft to be verified next
 
 
 class HybridDrafts:
@@ -79,10 +79,14 @@ class HybridDrafts:
             known = self._requests[request] = _Request(lookup, self.settings.min_match)
         known.lookup.extend(map(int, tokens[len(known.lookup) :]))
 
+    def append(self, request: Hashable, tokens: Iterable[int]) -> None:
+        """Add verified tokens to the text of a request that was observed."""
+        self._requests[request].lookup.extend(tokens)
+
     def propose(self, request: Hashable, limit: int) -> list[int]:
         """The suffix draft of ``request``, at most ``limit`` tokens; empty: the head's draft stands.
 
-        Which it was is remembered for `verified`.
+        Which it was is remembered for `verified`. A request that was never observed has no draft.
         """
         known = self._requests.get(request)
         if known is None:
@@ -94,15 +98,18 @@ class HybridDrafts:
     def verified(self, request: Hashable, drafted: int, accepted: int) -> None:
         """Report that ``accepted`` of the ``drafted`` tokens last proposed for ``request`` were right.
 
-        ``drafted`` counts the tokens that were verified; the engine may have cut the draft.
+        ``drafted`` counts the tokens that were verified; the engine may have cut the draft. Tokens that were not
+        proposed here, as those that engines pad with, are not counted: each proposal is reported once.
 
         Raises:
             FourfoldError: see `record`.
         """
         known = self._requests.get(request)
-        source = known.source if known else "mtp"
+        if known is None or known.source is None:
+            return
+        source, known.source = known.source, None
         self.record(source, drafted, accepted)
-        if known and source == "suffix" and drafted:
+        if source == "suffix" and drafted:
             if 2 * accepted < drafted:
                 known.needed = min(2 * known.needed, _STRICTEST * self.settings.min_match)
             else:

@@ -42,6 +42,9 @@ def test_any_array_in_any_pieces_is_the_same_text(text: list[int], data: st.Data
     while end < len(text):
         end = data.draw(st.integers(end, len(text)))
         hybrid.observe(7, numpy.array(text[:end], dtype=numpy.int32))
+    if text:
+        hybrid.append(7, [0, 1])
+        text = [*text, 0, 1]
     expected = SuffixLookup(text, min_match=3, max_draft=8).propose()
     found = hybrid.propose(7, 8)
     assert found == expected and all(type(token) is int for token in found)
@@ -87,6 +90,7 @@ def test_matches_must_be_longer_after_failures_and_may_be_shorter_after_successe
     assert shortest() == 3
     for expected in (6, 12, 24, 48, 48):
         hybrid.verified("a", 3, 1)
+        hybrid.verified("a", 3, 3)  # once a proposal
         assert shortest() == expected
     hybrid.verified("a", 0, 0)  # cut by the engine: says nothing
     assert shortest() == 48
@@ -97,7 +101,9 @@ def test_matches_must_be_longer_after_failures_and_may_be_shorter_after_successe
     hybrid.verified("a", 3, 0)  # the head's: says nothing about the text
     assert shortest() == 46
     for _ in range(60):
+        hybrid.propose("a", 8)
         hybrid.verified("a", 8, 8)
+        hybrid._requests["a"].lookup = SuffixLookup([*range(100)] * 2, min_match=1)
     assert shortest() == 3
 
 
@@ -107,6 +113,7 @@ def test_counts_by_source() -> None:
     hybrid.observe("b", PROMPT[:-1])
     assert hybrid.propose("a", 8) and not hybrid.propose("b", 8)
     hybrid.verified("a", 3, 2)
+    hybrid.verified("a", 3, 2)  # not proposed again
     hybrid.verified("b", 2, 0)
     hybrid.verified("unknown", 2, 1)
     assert not hybrid.propose("a", 0)
@@ -116,16 +123,19 @@ def test_counts_by_source() -> None:
     totals = hybrid.totals()
     assert tuple(totals) == SOURCES == ("suffix", "mtp")
     assert totals["suffix"] == SourceTotals(2, 8, 5, [2, 2, 1])
-    assert totals["mtp"] == SourceTotals(3, 5, 2, [2])
+    assert totals["mtp"] == SourceTotals(2, 3, 1, [1])
     hybrid.record("mtp", 1, 1)
-    assert totals["mtp"].drafts == 3 and totals["mtp"].accepted_by_position == [2], "a snapshot"
+    assert totals["mtp"].drafts == 2 and totals["mtp"].accepted_by_position == [1], "a snapshot"
 
 
 def test_counts_that_cannot_be() -> None:
     with pytest.raises(FourfoldError, match="2 tokens accepted of 1 drafted"):
         drafts().record("mtp", 1, 2)
+    hybrid = drafts()
+    hybrid.observe("a", PROMPT)
+    hybrid.propose("a", 8)
     with pytest.raises(FourfoldError, match="-1 tokens accepted"):
-        drafts().verified("a", 1, -1)
+        hybrid.verified("a", 1, -1)
     with pytest.raises(FourfoldError, match="'ngram': expected one of suffix, mtp"):
         drafts().record("ngram", 1, 1)  # pyright: ignore[reportArgumentType]
 
