@@ -1,9 +1,14 @@
-"""``fourfold doctor``: what is installed, what works, what does not and why, and the flags to use."""
+"""``fourfold doctor``: what is installed, what works, what does not and why, and the flags to use.
+
+With ``--probe`` it asks a running server instead: whether what its MTP head drafts is accepted.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
+from dataclasses import asdict
 from importlib import metadata
 from typing import Annotated
 
@@ -23,22 +28,38 @@ _FLAGS = {
 
 
 class _Report:
-    def __init__(self) -> None:
+    def __init__(self, silent: bool = False) -> None:
         self.failed = False
+        self.silent = silent
+        self.lines: list[dict[str, bool | str | None]] = []
 
     def line(self, ok: bool | None, text: str) -> None:
         mark = {True: "ok  ", False: "FAIL", None: "    "}[ok]
         self.failed |= ok is False
-        typer.echo(f"{mark} {text}")
+        self.lines.append({"ok": ok, "text": text})
+        if not self.silent:
+            typer.echo(f"{mark} {text}")
 
 
 def doctor(
     quick: Annotated[bool, typer.Option(help="Leave out what imports the engine and compiles kernels.")] = False,
+    probe: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Instead, send prompts to the vLLM or SGLang server at this address."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --probe: the served name; default: the first.")] = None,
+    prompts: Annotated[int, typer.Option(help="With --probe: prompts to send, at most 64.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check this environment: engine, seams, plugin, backends. Exit status 1 where something fails."""
+    """Check this environment, or with --probe whether a server's drafts are accepted.
+
+    Checked are engine, seams, plugin and backends. Exit status 1 where something fails, or acceptance collapsed.
+    """
     from fourfold.common.bench.machine import describe
 
-    report = _Report()
+    if probe is not None:
+        raise typer.Exit(0 if _probe(probe, model, prompts, as_json) else 1)
+    report = _Report(as_json)
     report.line(None, describe())
     engines = [engine for engine in TESTED if compat.source_root(engine) is not None]
     if not engines:
@@ -55,7 +76,47 @@ def doctor(
         _backends(report)
     for engine in engines:
         report.line(None, f"to use: {_FLAGS[engine]}")
+    if as_json:
+        typer.echo(json.dumps({"failed": report.failed, "lines": report.lines}, indent=2))
     raise typer.Exit(1 if report.failed else 0)
+
+
+def _probe(url: str, model: str | None, prompts: int, as_json: bool) -> bool:
+    """Probe, print, and return whether the head works."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fourfold.common.mtp.probe import connect, judge, measure
+
+    server = connect(url, model)
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        job = progress.add_task("prompts", total=prompts)
+        measured = measure(server, prompts, lambda: progress.advance(job))
+    verdict = judge(server, measured)
+    if as_json:
+        derived = {"acceptance": measured.acceptance, "mean_acceptance_length": measured.length}
+        facts = {"server": asdict(server), "measured": asdict(measured) | derived, "verdict": asdict(verdict)}
+        typer.echo(json.dumps(facts, indent=2))
+        return verdict.ok
+    report = _Report()
+    report.line(None, f"{server.engine} {server.version}, {server.model}, drafts of up to {server.k} tokens")
+    report.line(
+        None,
+        f"{measured.prompts} prompts, {measured.tokens} tokens in {measured.seconds:.1f} s, "
+        f"{measured.drafts} drafts verified",
+    )
+    report.line(None, f"acceptance by position: {_shares(measured.accepted, measured.drafts)}")
+    for name, source in measured.sources.items():
+        counts = f"{source.drafts} drafts, {source.drafted} tokens, {sum(source.accepted)} accepted"
+        report.line(None, f"source {name}: {counts}; by position: {_shares(source.accepted, source.drafts)}")
+    report.line(verdict.ok, verdict.text)
+    return verdict.ok
+
+
+def _shares(counts: tuple[int, ...], total: int) -> str:
+    return " ".join(f"{count / total:.3f}" for count in counts) if total else "none"
 
 
 def _engine(engine: str, report: _Report, quick: bool) -> None:

@@ -163,6 +163,14 @@ def api_key() -> str | None:
     return os.environ.get("FOURFOLD_API_KEY") or None
 
 
+def metrics_dir() -> str | None:
+    """Where this process shall count: ``PROMETHEUS_MULTIPROC_DIR``, else ``FOURFOLD_METRICS_DIR``.
+
+    Not latched: engines set the first while they start, fourfold sets the second for the processes started after.
+    """
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get("FOURFOLD_METRICS_DIR") or None
+
+
 @cache
 def cxx() -> str | None:
     """The C++ compiler that ``CXX`` names (latched)."""
