@@ -3,6 +3,7 @@
 - The quantisation method ``fourfold_nvfp4``.
 - The draft model class ``FourfoldMTP`` and the config classes of draft directories; both are imported when used. On a
   CPU this patches two functions of speculative sampling (`cpu_sampling`).
+- A collector of the counts of drafts by source, empty unless a worker counts them (`common.mtp.metrics`).
 
 `register` is the entry point of ``vllm.general_plugins``: vLLM calls it in every process, for every model. It may be
 called again, never raises, and logs one line: that it registered; and one more where a feature is off, with what is
@@ -20,7 +21,7 @@ def register() -> bool:
     """Register with the vLLM of this process; returns whether all features are available."""
     log = logging.getLogger("vllm.fourfold")  # vLLM prints records below its own logger only
     failed: dict[str, str] = {}
-    for feature, add in {"--quantization fourfold_nvfp4": _quantisation, "MTP heads": _mtp}.items():
+    for feature, add in _FEATURES.items():
         try:
             from fourfold.common.settings import disabled
 
@@ -58,3 +59,12 @@ def _mtp(log: logging.Logger) -> None:
         AutoConfig.register(config.model_type, config)
     ModelRegistry.register_model("FourfoldMTP", "fourfold.vllm_ext.mtp_model:FourfoldMTP")
     repair()
+
+
+def _metrics(log: logging.Logger) -> None:
+    from fourfold.common.mtp.metrics import serve
+
+    serve()
+
+
+_FEATURES = {"--quantization fourfold_nvfp4": _quantisation, "MTP heads": _mtp, "counts of drafts by source": _metrics}

@@ -38,6 +38,7 @@ def test_registers_once() -> None:
 
 
 NVFP4, MTP = "--quantization fourfold_nvfp4", "MTP heads"
+ALL = f"{NVFP4}, {MTP}, counts of drafts by source"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ NVFP4, MTP = "--quantization fourfold_nvfp4", "MTP heads"
             MTP,
             "cannot import name 'ModelRegistry'",
         ),
-        ("import os; os.environ['FOURFOLD_DISABLE'] = 'maybe'\n", f"{NVFP4}, {MTP}", "expected 1 (off) or 0 (on)"),
+        ("import os; os.environ['FOURFOLD_DISABLE'] = 'maybe'\n", ALL, "expected 1 (off) or 0 (on)"),
     ],
 )
 def test_a_missing_engine_or_seam_is_one_line_a_call(prepare: str, off: str, words: str) -> None:
