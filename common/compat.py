@@ -6,11 +6,11 @@ installed. `fourfold doctor` prints it for the installed engine; CI runs it agai
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+
+from fourfold.common.definitions import missing
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,11 @@ _CREATE = (
 )
 _ATTENTION = ("q", "k", "v", "layer", "forward_batch")
 _EAGLE_CPU = "SGLang speculates on out-of-tree platforms without Triton"
+_ALGORITHM = "SGLang's class for registered algorithms has it"
+_RUNNER = "v1.worker.gpu_model_runner:GPUModelRunner"
+_DRAFTER = "SGLang lets a registered algorithm choose its draft worker"
 _SCHEDULER = "vLLM lets a plugin choose the draft length"
+_DRAFTER = "vLLM lets a plugin draft beside an MTP head"
 _LOADER = "the engine offers quantisation methods a loader without naming their class"
 
 
@@ -132,6 +136,41 @@ SEAMS: tuple[Seam, ...] = (
     _vllm("v1.core.sched.output:SchedulerOutput", "a step", until=_SCHEDULER),
     _vllm("v1.core.sched.output:SchedulerOutput.num_spec_tokens_to_schedule", "the length in use", until=_SCHEDULER),
     _vllm("v1.core.sched.output:SchedulerOutput.scheduled_spec_decode_tokens", "which steps to time", until=_SCHEDULER),
+    _vllm("v1.worker.gpu_worker:Worker", "the worker that drafts from two sources, on a GPU", until=_DRAFTER),
+    _vllm("v1.worker.gpu_worker:Worker.init_device", "makes the runner", until=_DRAFTER),
+    _vllm("v1.worker.gpu_worker:Worker.model_runner", "drafts", until=_DRAFTER),
+    _vllm("v1.worker.cpu_worker:CPUWorker", "the worker that drafts from two sources, on a CPU", until=_DRAFTER),
+    _vllm("v1.worker.cpu_worker:CPUWorker.init_device", "makes the runner", until=_DRAFTER),
+    _vllm(
+        f"{_RUNNER}._update_states_after_model_execute",
+        "replaced: sees the tokens of a step",
+        ("output_token_ids", "scheduler_output"),
+        _DRAFTER,
+    ),
+    _vllm(f"{_RUNNER}.propose_draft_token_ids", "replaced: drafts", ("scheduler_output",), _DRAFTER),
+    _vllm(f"{_RUNNER}.drafter", "whether this pipeline stage drafts", until=_DRAFTER),
+    _vllm(f"{_RUNNER}.num_spec_tokens", "longest draft", until=_DRAFTER),
+    _vllm(f"{_RUNNER}.requests", "which texts to keep", until=_DRAFTER),
+    _vllm(f"{_RUNNER}.discard_request_mask", "which prompts are read in part", until=_DRAFTER),
+    _vllm(f"{_RUNNER}.input_batch", "the text of the requests", until=_DRAFTER),
+    _vllm("v1.worker.gpu_input_batch:InputBatch.req_ids", "the requests of a step", until=_DRAFTER),
+    _vllm("v1.worker.gpu_input_batch:InputBatch.num_reqs", "the requests of a step", until=_DRAFTER),
+    _vllm("v1.worker.gpu_input_batch:InputBatch.vocab_size", "which tokens are valid", until=_DRAFTER),
+    _vllm("v1.worker.gpu_input_batch:InputBatch.token_ids_cpu", "their text", until=_DRAFTER),
+    _vllm("v1.worker.gpu_input_batch:InputBatch.num_tokens_no_spec", "how long it is", until=_DRAFTER),
+    _vllm("v1.worker.gpu_input_batch:InputBatch.num_computed_tokens_cpu", "how much of it is read", until=_DRAFTER),
+    _vllm(
+        "v1.sample.rejection_sampler:RejectionSampler.parse_output",
+        "the accepted tokens",
+        ("output_token_ids", "vocab_size", "discard_req_indices"),
+        _DRAFTER,
+    ),
+    _vllm("v1.core.sched.output:SchedulerOutput.finished_req_ids", "which texts to forget", until=_DRAFTER),
+    _vllm("v1.core.sched.output:SchedulerOutput.num_scheduled_tokens", "how much of a text is read", until=_DRAFTER),
+    _vllm("utils.gpu_sync_debug:gpu_sync_allowed", "drafts on the host", until=_DRAFTER),
+    _vllm("config.speculative:SpeculativeConfig.draft_sample_method", "refuses what is not certain", until=_DRAFTER),
+    _vllm("config.vllm:VllmConfig.use_v2_model_runner", "refuses the runner that drafts elsewhere", until=_DRAFTER),
+    _vllm("config.scheduler:SchedulerConfig.async_scheduling", "refuses late text", until=_DRAFTER),
     _sglang("arg_groups.choices:QUANTIZATION_CHOICES", "whether the choice is there already"),
     _sglang("arg_groups.choices:add_quantization_method_choices", "adds the choice fourfold_nvfp4"),
     _sglang(
@@ -229,6 +268,40 @@ SEAMS: tuple[Seam, ...] = (
             ("sglang.srt.speculative.eagle_utils:top_p_renorm_prob", ()),
         )
     ),
+    _sglang("speculative.spec_info:SpeculativeAlgorithm.register", "registers FOURFOLD_MTP", ("name", "spec_class")),
+    _sglang("speculative.spec_info:SpeculativeAlgorithm.create_worker", "whose worker to extend", ("server_args",)),
+    _sglang("speculative.spec_info:SpeculativeAlgorithm.create_future_map", "EAGLE's answer", ("device",), _ALGORITHM),
+    _sglang("speculative.spec_info:SpeculativeAlgorithm.build_disagg_draft_input", "EAGLE's answer", ("batch",)),
+    _sglang("speculative.spec_info:SpeculativeAlgorithm.carries_draft_hidden_states", "EAGLE's", (), _ALGORITHM),
+    _sglang("speculative.spec_info:SpeculativeAlgorithm.need_topk", "EAGLE's answer", (), _ALGORITHM),
+    _sglang("speculative.spec_registry:CustomSpecAlgo.handle_server_args", "defaults and refusals", ("server_args",)),
+    _sglang("speculative.spec_registry:get_spec", "whether it is registered already", ("name",)),
+    _sglang("speculative.eagle_worker_v2:EAGLEWorkerV2._draft_worker", "drafts from the text too", until=_DRAFTER),
+    _sglang("speculative.eagle_worker_v2:EAGLEWorkerV2.verify", "reads what was verified", ("batch",), _DRAFTER),
+    _sglang(
+        "speculative.eagle_worker_v2:EAGLEWorkerV2.on_verify_complete_cpu",
+        "counts by source",
+        ("num_correct_drafts_per_req", "batch_size"),
+    ),
+    _sglang("speculative.eagle_worker_v2:EagleDraftWorker.draft", "places suffix drafts", ("batch",), _DRAFTER),
+    _sglang(
+        "speculative.eagle_worker_v2:EagleDraftWorker.draft_forward",
+        "drafts fewer tokens than are verified",
+        ("forward_batch",),
+        _DRAFTER,
+    ),
+    _sglang("speculative.eagle_worker_v2:EagleDraftWorker.cuda_graph_runner", "left out with the head", until=_DRAFTER),
+    _sglang("speculative.eagle_worker_v2:EagleDraftWorker.speculative_num_steps", "the same", until=_DRAFTER),
+    _sglang("speculative.eagle_worker_v2:EagleDraftWorker.speculative_num_draft_tokens", "the same", until=_DRAFTER),
+    _sglang("speculative.eagle_info:EagleVerifyInput.draft_token", "places suffix drafts", until=_DRAFTER),
+    _sglang("speculative.eagle_info:EagleDraftInput.bonus_tokens", "the last verified token"),
+    _sglang("speculative.eagle_info:EagleDraftInput.topk_index", "the head's first draft"),
+    _sglang("managers.schedule_batch:Req.origin_input_ids", "the text"),
+    _sglang("managers.schedule_batch:Req.output_ids", "the text"),
+    _sglang("managers.schedule_batch:Req.rid", "whose text"),
+    _sglang("managers.utils:GenerationBatchResult.accept_lens", "what was verified"),
+    _sglang("managers.utils:GenerationBatchResult.next_token_ids", "what was verified"),
+    _sglang("managers.utils:GenerationBatchResult.speculative_num_draft_tokens", "what was verified"),
     _sglang("layers.sampler:top_p_normalize_probs_torch", "samples while it verifies", ("probs", "top_ps")),
     _sglang("models.registry:ModelRegistry", "registers the draft class; finds the target's"),
     _sglang("layers.layer_boundary.factories:layer_stack", "builds the decoder layer of a draft"),
@@ -271,64 +344,7 @@ def check(engine: str, root: Path) -> dict[Seam, str]:
     problems: dict[Seam, str] = {}
     for seam in SEAMS:
         if seam.engine == engine:
-            problem = _problem(seam, root)
+            problem = missing(seam.path, seam.parameters, root)
             if problem is not None:
                 problems[seam] = problem
     return problems
-
-
-def _problem(seam: Seam, root: Path) -> str | None:
-    module, _, name = seam.path.partition(":")
-    base = root / Path(*module.split("."))
-    file = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
-    if not file.is_file():
-        return f"module {module} is not there"
-    owner, _, member = name.partition(".")
-    found = _definitions(_parse(file)).get(owner)
-    if found is None:
-        return f"{module} does not define {owner}"
-    if member:
-        if not isinstance(found, ast.ClassDef):
-            return f"{owner} is not a class"
-        found = _definitions(found).get(member) or _assigned_on_self(found, member)
-        if found is None:
-            return f"{owner} has no {member}"
-    if seam.parameters:
-        if not isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef):
-            return f"{name} is not a function"
-        arguments = found.args
-        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-        accepted = {argument.arg for argument in every if argument is not None}
-        missing = [parameter for parameter in seam.parameters if parameter not in accepted]
-        if missing:
-            return f"{name} does not take {', '.join(missing)}"
-    return None
-
-
-@cache
-def _parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
-
-
-def _definitions(node: ast.AST) -> dict[str, ast.AST]:
-    """What the body of a module or class defines by statement, imports included, also under if and try."""
-    found: dict[str, ast.AST] = {}
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            found[child.name] = child
-        elif isinstance(child, ast.Import | ast.ImportFrom):
-            found |= {(alias.asname or alias.name).split(".")[0]: child for alias in child.names}
-        elif isinstance(child, ast.Assign | ast.AnnAssign):
-            targets = child.targets if isinstance(child, ast.Assign) else [child.target]
-            found |= {target.id: child for target in targets if isinstance(target, ast.Name)}
-        elif isinstance(child, ast.If | ast.Try | ast.With):
-            found |= _definitions(child)
-    return found
-
-
-def _assigned_on_self(owner: ast.ClassDef, name: str) -> ast.AST | None:
-    for node in ast.walk(owner):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == name:
-            if isinstance(node.value, ast.Name) and node.value.id == "self":
-                return node
-    return None

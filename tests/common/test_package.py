@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fourfold.common import compat
+from fourfold.common import compat, definitions
 from fourfold.common.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,7 @@ def test_a_changed_seam_is_found(tmp_path: Path) -> None:
 
     def problem(source: str) -> str | None:
         (folder / "base_config.py").write_text(source)
-        compat._parse.cache_clear()
+        definitions.parse.cache_clear()
         return compat.check("vllm", tmp_path).get(seam)
 
     assert problem("class QuantizationConfig:\n    def get_quant_method(self, layer, prefix): ...\n") is None

@@ -3,13 +3,16 @@
 A case has ``model``, ``options`` of ``vllm.LLM`` and ``requests``, each with ``prompt`` and sampling parameters. With
 ``step_seconds``, by the number of tokens drafted, fourfold's scheduler sees steps of that duration, whatever else the
 machine does. Its result has the ``tokens`` of each request, vLLM's own speculation counters, the drafts that were
-``proposed`` in each step, the draft model's ``class``, or the ``error`` that the engine raised.
+``proposed`` in each step, the draft model's ``class``, the ``totals`` of a hybrid worker, or the ``error`` that the
+engine raised. A case with ``config`` starts no engine: its worker gets a configuration with those values, and one with
+``environment`` those variables.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -33,8 +36,27 @@ def clean_up() -> None:
     cleanup_dist_env_and_memory()
 
 
+def refusal(case: dict[str, Any]) -> dict[str, Any]:
+    """What a worker says to a configuration that this machine's engine would not make."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    config = EngineArgs(case["model"], **{**OPTIONS, **case["options"]}).create_engine_config()
+    for path, value in case["config"].items():
+        group, name = path.split(".")
+        setattr(getattr(config, group), name, value)
+    os.environ |= case.get("environment", {})
+    try:
+        worker = resolve_obj_by_qualname(case["options"]["worker_cls"])(config, 0, 0, "", True)
+        return {"error": f"none: {worker} takes it"}
+    finally:
+        for name in case.get("environment", {}):
+            del os.environ[name]
+
+
 def run(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     from fourfold.vllm_ext import mtp_scheduler
 
@@ -57,6 +79,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
         drafter.propose = keep
     prompts = [{"prompt_token_ids": request.pop("prompt")} for request in case["requests"]]
+    for request in case["requests"]:
+        if "regex" in request:
+            request["structured_outputs"] = StructuredOutputsParams(regex=request.pop("regex"))
     sampling = [SamplingParams(ignore_eos=True, detokenize=False, **request) for request in case["requests"]]
     answers = llm.generate(prompts, sampling, use_tqdm=False)
     result["tokens"] = [list(answer.outputs[0].token_ids) for answer in answers]
@@ -64,6 +89,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         name = COUNTERS.get(metric.name)
         if name:
             result[name] = metric.values if hasattr(metric, "values") else metric.value
+    if "worker_cls" in case["options"]:
+        (result["totals"],) = llm.collective_rpc("draft_totals")
     llm.llm_engine.engine_core.shutdown()
     return result
 
@@ -73,7 +100,7 @@ def main() -> None:
     for name, case in json.loads(Path(sys.argv[1]).read_text()).items():
         print(f"CASE {name}", flush=True)
         try:
-            results[name] = run(case)
+            results[name] = refusal(case) if "config" in case else run(case)
         except Exception as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
         clean_up()

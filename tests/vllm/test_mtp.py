@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from mtp_models import write_random
-from oracle import BAD, ORDER, SIZE, continuation, expected_drafts, probability, prompt, write_oracle
+from oracle import BAD, ORDER, SIZE, chi_square, continuation, expected_drafts, probability, prompt, write_oracle
 
 from fourfold.common.mtp.extract import extract
 from fourfold.common.quant.checkpoint.convert import Options, convert
@@ -215,17 +215,9 @@ def test_prefill_in_chunks_and_preempted_requests(runs: dict[str, Any]) -> None:
 
 def test_sampled_output_follows_the_target(runs: dict[str, Any]) -> None:
     result = runs["sampled"]
-    counts = [0] * 52  # the following token; the others by fives, all equally likely
-    for request, tokens in zip(SAMPLED, result["tokens"], strict=True):
-        for last, token in zip([request["prompt"][-1], *tokens], tokens, strict=False):
-            counts[-(-((ORDER.index(token) - ORDER.index(last) - 1) % SIZE) // 5)] += 1
-    total, p = sum(counts), probability(SCALE)
-    expected = [total * p] + [total * (1 - p) / 51] * 51
-    square = sum((n - e) ** 2 / e for n, e in zip(counts, expected, strict=True))
-    print(f"chi-square {square:.1f} with 51 degrees of freedom, {total} tokens")
-    assert square < 88.0  # 0.1 % of draws are above
+    assert chi_square([request["prompt"] for request in SAMPLED], result["tokens"], SCALE) < 88.0
     # A draft of one token for certain is accepted with that token's probability.
-    reached, accepted = result["steps"] + sum(result["accepted"][:-1]), sum(result["accepted"])
+    reached, accepted, p = result["steps"] + sum(result["accepted"][:-1]), sum(result["accepted"]), probability(SCALE)
     assert abs(accepted / reached - p) < 3 * (p * (1 - p) / reached) ** 0.5
 
 

@@ -1,0 +1,135 @@
+"""``--worker-cls fourfold.vllm_ext.hybrid_worker.HybridWorker``: drafts from a request's own text, or its MTP head.
+
+    vllm serve MODEL --no-async-scheduling --worker-cls fourfold.vllm_ext.hybrid_worker.HybridWorker
+        --speculative-config '{"method": "mtp", "model": DRAFT_DIRECTORY, "num_speculative_tokens": 8}'
+        --additional-config '{"fourfold": {"mtp": {"hybrid": {"min_match": 4, "head_tokens": 3}}}}'
+
+``num_speculative_tokens`` is the longest draft of either source, ``head_tokens`` what the head drafts of it. Where all
+requests of a step draft from their text, the head runs once, over the verified tokens, which keeps its KV cache right.
+The text is looked up on the host, after each step's tokens: hence no asynchronous scheduling, which CPUs never have.
+
+vLLM's V1 model runner only, the one of CPUs: on a GPU set ``VLLM_USE_V2_MODEL_RUNNER=0``. `FourfoldError` names what
+else does not fit. ``collective_rpc("draft_totals")`` returns the counts by source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.platforms import current_platform
+
+from fourfold.common.errors import FourfoldError
+from fourfold.common.log import get_logger
+from fourfold.common.mtp.hybrid import HybridDrafts
+from fourfold.common.settings import HybridSettings, parse_settings
+
+if TYPE_CHECKING or not current_platform.is_cpu():
+    from vllm.v1.worker.gpu_worker import Worker
+else:
+    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+
+# After the worker: vLLM's worker for CPUs must be the first to load its library.
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+
+class HybridDrafting:
+    """Drafts of one V1 model runner: takes its place between sampling and the head."""
+
+    def __init__(self, runner: Any, settings: HybridSettings) -> None:
+        self.settings = settings
+        self.drafts = HybridDrafts(settings)
+        self._runner = runner
+        self._sampled: list[list[int]] = []  # by row of the batch: this step's tokens, none while a prompt is read
+        self._update, self._propose = runner._update_states_after_model_execute, runner.propose_draft_token_ids
+        runner._update_states_after_model_execute = self.update
+        runner.propose_draft_token_ids = self.propose
+
+    def update(self, output_token_ids: Any, scheduler_output: Any) -> None:
+        """Take note of what a step verified; the runner calls it in each step that sampled, before drafting."""
+        self._update(output_token_ids, scheduler_output)
+        runner, batch = self._runner, self._runner.input_batch
+        incomplete = np.nonzero(runner.discard_request_mask.np[: batch.num_reqs])[0]
+        with gpu_sync_allowed():
+            self._sampled, _ = RejectionSampler.parse_output(output_token_ids, batch.vocab_size, incomplete.tolist())
+        if scheduler_output.finished_req_ids:
+            self.drafts.retain(runner.requests)
+        for row, (request, tokens) in enumerate(zip(batch.req_ids, self._sampled, strict=True)):
+            if not tokens:
+                # Long prompts are read in chunks, at the pace of the model.
+                read = batch.num_computed_tokens_cpu[row] + scheduler_output.num_scheduled_tokens[request]
+                self.drafts.observe(request, batch.token_ids_cpu[row, :read])
+                continue
+            # vLLM pads drafts with -1.
+            drafted = sum(token >= 0 for token in scheduler_output.scheduled_spec_decode_tokens.get(request, ()))
+            self.drafts.verified(request, drafted, min(len(tokens) - 1, drafted))
+            self.drafts.observe(request, batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]])
+            self.drafts.append(request, tokens)
+
+    def propose(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """The drafts by row of the batch, in place of the head's alone."""
+        limit = scheduler_output.num_spec_tokens_to_schedule
+        requests = zip(self._runner.input_batch.req_ids, self._sampled, strict=True)
+        texts = [self.drafts.propose(request, limit) if tokens else [] for request, tokens in requests]
+        headless = all(text or not tokens for text, tokens in zip(texts, self._sampled, strict=True))
+        count = 0 if headless else min(self.settings.head_tokens, limit)
+        drafts = self._propose(replace(scheduler_output, num_spec_tokens_to_schedule=count), *args, **kwargs)
+        with gpu_sync_allowed():
+            return [text or head for text, head in zip(texts, drafts.tolist(), strict=True)]
+
+
+class HybridWorker(Worker):
+    """The platform's worker with `HybridDrafting`."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        _check(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
+        extra = vllm_config.additional_config
+        options = extra.get("fourfold", {}) if isinstance(extra, dict) else {}
+        self._settings = parse_settings(options, "--additional-config fourfold").mtp.hybrid
+        self.hybrid: HybridDrafting | None = None
+
+    def init_device(self) -> None:
+        super().init_device()
+        if not hasattr(self.model_runner, "drafter"):  # the last pipeline stage drafts
+            return
+        self.hybrid = HybridDrafting(self.model_runner, self._settings)
+        longest = self.model_runner.num_spec_tokens
+        get_logger(__name__).info(
+            "fourfold: hybrid drafts: matches of %d tokens or more draft up to %d, the MTP head %d elsewhere",
+            self._settings.min_match,
+            min(self._settings.max_draft, longest),
+            min(self._settings.head_tokens, longest),
+        )
+
+    def draft_totals(self) -> dict[str, dict[str, Any]]:
+        """The counts of `HybridDrafts` by source, as plain dictionaries; empty where this worker drafts nothing."""
+        if self.hybrid is None:
+            return {}
+        return {source: asdict(totals) for source, totals in self.hybrid.drafts.totals().items()}
+
+
+def _check(vllm_config: Any) -> None:
+    """Refuse configurations in which drafts of two sources would be wrong or late."""
+    speculative = vllm_config.speculative_config
+    method = speculative.method if speculative else None
+    if method != "mtp":
+        raise FourfoldError(f"HybridWorker: --speculative-config method is {method!r}; expected 'mtp'")
+    if vllm_config.use_v2_model_runner:
+        raise FourfoldError("HybridWorker: the V2 model runner drafts on the device; set VLLM_USE_V2_MODEL_RUNNER=0")
+    if vllm_config.scheduler_config.async_scheduling:
+        raise FourfoldError(
+            "HybridWorker: asynchronous scheduling drafts before the host knows the text; add --no-async-scheduling"
+        )
+    if speculative.draft_sample_method != "greedy":
+        raise FourfoldError(
+            f"HybridWorker: draft_sample_method={speculative.draft_sample_method!r} needs the probabilities of every "
+            "drafted token, which those of the text do not have; leave it at 'greedy', which is lossless too"
+        )
+    ranks = vllm_config.parallel_config.data_parallel_size
+    if ranks > 1:
+        raise FourfoldError(
+            f"HybridWorker: data_parallel_size={ranks}: the ranks' heads must run equally often; leave out --worker-cls"
+        )
