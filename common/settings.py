@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fourfold.common.errors import FourfoldError
 
 METHOD = "fourfold_nvfp4"  # the engines' name of the quantisation method
+ALGORITHM = "FOURFOLD_MTP"  # SGLang's name of the speculative algorithm
 
 ScaleMethod = Literal["sweep", "four_over_six", "absmax"]
 SchemeName = Literal["auto", "w4a16", "w4a4"]
@@ -78,6 +79,7 @@ class QuantSettings(_Strict):
 class HybridSettings(_Strict):
     """Options of hybrid drafting: drafts from a request's own text first, from its MTP head otherwise."""
 
+    enabled: bool = Field(default=True, description="false: SGLang's FOURFOLD_MTP drafts with the head alone")
     min_match: int = Field(
         default=4, ge=1, description="tokens of the current suffix that must have occurred before, to draft from there"
     )

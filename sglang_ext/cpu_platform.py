@@ -11,6 +11,7 @@ from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRT
 from torch import Tensor
 
 from fourfold.common.errors import FourfoldError
+from fourfold.common.settings import ALGORITHM
 
 _DEFAULTS = {
     "device": "cpu",
@@ -46,10 +47,12 @@ class FourfoldCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """
         algorithm = server_args.speculative_algorithm
         if algorithm and not self.supports_speculative_algorithm(algorithm.upper()):
-            raise FourfoldError(f"--speculative-algorithm {algorithm} does not run on fourfold_cpu; use EAGLE")
+            raise FourfoldError(
+                f"--speculative-algorithm {algorithm} does not run on fourfold_cpu; use EAGLE or {ALGORITHM}"
+            )
         for name, only in _CHAIN.items() if algorithm else ():
             found = getattr(server_args, name)
-            if found != only:
+            if found != only and not (found is None and algorithm.upper() == ALGORITHM):  # which sets it
                 flag = name.replace("_", "-")
                 raise FourfoldError(f"--{flag} {found} does not run on fourfold_cpu, which drafts chains; use {only}")
         if server_args.ep_size > 1:
@@ -61,7 +64,7 @@ class FourfoldCpuPlatform(CpuDeviceMixin, SRTPlatform):
             setattr(server_args, name, value)
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        return algorithm in ("EAGLE", "NEXTN")
+        return algorithm in ("EAGLE", "NEXTN", ALGORITHM)
 
     def get_speculative_worker_cls(self, algorithm: str) -> type:
         from fourfold.sglang_ext.speculation import ChainWorker

@@ -1,5 +1,5 @@
-"""What fourfold registers with SGLang: the quantisation method ``fourfold_nvfp4`` with its command-line choice, and the
-draft model class ``FourfoldMTP``.
+"""What fourfold registers with SGLang: the quantisation method ``fourfold_nvfp4`` with its command-line choice, the
+draft model class ``FourfoldMTP`` and the speculative algorithm ``FOURFOLD_MTP``.
 
 `register` is the entry point of ``sglang.srt.plugins``: SGLang calls it in every process. It adds to the tables that
 SGLang keeps for plugins (no patches of functions or classes), may be called again, never raises, and logs one line:
@@ -28,6 +28,11 @@ def register() -> bool:
             log.info("fourfold: registered --quantization fourfold_nvfp4")
             _done.add("quantisation")
         off = "fourfold's MTP heads are"
+        if "algorithm" not in _done:
+            from fourfold.sglang_ext import mtp_algorithm
+
+            mtp_algorithm.register()
+            _done.add("algorithm")
         # A process that has no model loader yet loads no models, and the registry would import all of SGLang's.
         if "MTP" not in _done and "sglang.srt.model_loader" in sys.modules:
             _mtp()
