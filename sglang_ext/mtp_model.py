@@ -177,7 +177,7 @@ class FourfoldMTP(nn.Module):
                 place = f"{own.get(role, f'model.{role}')}.{rest}"
                 if rest.endswith("_scale"):  # drops scales of an FP8 cache that this server does not have
                     place = maybe_remap_kv_scale_name(place, parameters)
-                if i == 0 and place is not None:
+                if i == 0 and place is not None and role != "vocabulary":  # --speculative-token-map has its place
                     loaded.add(_load(parameters, place, name, weight))
         shared = {f"{own[role]}.weight" for role in ("head", "embedding") if role not in self.roles}
         missing = sorted(p for p in set(parameters) - loaded - shared if p.endswith("weight"))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.distributed.communication_op import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear
@@ -28,6 +29,7 @@ from fourfold.common.log import get_logger
 from fourfold.common.mtp.formats import PLAIN
 from fourfold.common.mtp.head import BLOCK, Formula, MtpHead
 from fourfold.common.mtp.layer_class import arguments, decoder_layer
+from fourfold.common.mtp.vocabulary import DraftVocabulary
 
 # Fused modules of vLLM's layers, as packed_modules_mapping says them; a target's own mapping comes on top.
 FUSED = {
@@ -162,6 +164,8 @@ class FourfoldMTP(nn.Module):
                 self.has_own_lm_head = True
                 self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix="lm_head")
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.words: Tensor | None = None  # the draft vocabulary
+        self.vocabulary: list[DraftVocabulary] = []
 
     def _check(self, vllm_config: VllmConfig, target: Any) -> None:
         head, text = self.head, target.hf_text_config
@@ -212,9 +216,39 @@ class FourfoldMTP(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor | None:
         """[T, vocabulary] of what `forward` returned."""
-        if self.head.formula.feedback == "pre_norm":
-            hidden_states = self.model.layers[spec_step_idx % self.count].norm(hidden_states)
-        return self.logits_processor(self.lm_head, hidden_states)
+        hidden_states = self._normed(hidden_states, spec_step_idx)
+        drafted = self._drafted()
+        if drafted is None:
+            return self.logits_processor(self.lm_head, hidden_states)
+        return tensor_model_parallel_all_gather(drafted.logits(hidden_states))[:, : self.config.vocab_size]
+
+    def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
+        """[T] the likeliest words, where ``use_local_argmax_reduction`` is set: without logits of all words."""
+        drafted = self._drafted()
+        if drafted is None:
+            return self.logits_processor.get_top_tokens(self.lm_head, self._normed(hidden_states))
+        if get_tensor_model_parallel_world_size() > 1:
+            logits = self.compute_logits(hidden_states)
+            assert logits is not None
+            return logits.argmax(-1)
+        return drafted.top(self._normed(hidden_states))
+
+    def _normed(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor:
+        if self.head.formula.feedback == "post_norm":
+            return hidden_states
+        return self.model.layers[spec_step_idx % self.count].norm(hidden_states)
+
+    def _drafted(self) -> DraftVocabulary | None:
+        """The draft vocabulary's part of the output head, once vLLM has shared that; None where the head drafts all."""
+        if self.words is not None and not self.vocabulary:
+            weight = getattr(self.lm_head, "weight", None)
+            if weight is None or not weight.is_floating_point():
+                get_logger(__name__).info("fourfold: the output head is quantised, so the MTP head drafts all words")
+                self.words = None
+            else:
+                start = self.lm_head.shard_indices.org_vocab_start_index
+                self.vocabulary.append(DraftVocabulary(self.words, weight.detach(), start))
+        return self.vocabulary[0] if self.words is not None else None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load what the head's description places; the draft directory's shards hold tensors of the target too."""
@@ -234,7 +268,9 @@ class FourfoldMTP(nn.Module):
             for i, role, rest in self.head.locate(name):
                 if i >= self.count:
                     continue
-                if role not in ("head", "embedding"):
+                if role == "vocabulary":
+                    self.words = weight
+                elif role not in ("head", "embedding"):
                     part = BLOCK if role == BLOCK else role
                     yield f"model.layers.{i}.{part}.{rest}", weight
                 elif (role, rest) not in own:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from fourfold.common.mtp.training.command import train
+
 if TYPE_CHECKING:
     from fourfold.common.mtp.reader import Reading
 
 mtp_app = typer.Typer(no_args_is_help=True, help="Multi-token prediction heads of checkpoints.")
+mtp_app.command()(train)
 Model = Annotated[Path, typer.Argument(help="Directory of a model that ships an MTP head.")]
 
 

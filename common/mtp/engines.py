@@ -31,7 +31,11 @@ def launch_flags(reading: Reading, engine: Engine, draft: Path, own: bool) -> st
     """
     count = len(reading.head.modules)
     if engine == "vllm":
-        options = {"method": "mtp", "num_speculative_tokens": count} | ({} if own else {"model": str(draft)})
+        options: dict[str, object] = {"method": "mtp", "num_speculative_tokens": count}
+        if not own:
+            options["model"] = str(draft)
+        if "vocabulary" in reading.head.modules[0].roles:  # no logits of the words that are not drafted
+            options["use_local_argmax_reduction"] = True
         return f"--speculative-config {shlex.quote(json.dumps(options))}"
     return (
         f"--speculative-algorithm EAGLE --speculative-draft-model-path {shlex.quote(str(draft))} "

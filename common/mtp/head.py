@@ -15,8 +15,9 @@ Feedback = Literal["pre_norm", "post_norm"]
 KEY = "fourfold_mtp"  # the key of a draft directory's config.json
 
 # The parts of a module beside its decoder layer, as every family is described. `e_proj` and `h_proj` replace `eh_proj`
-# where the two halves of the projection are two tensors; `norm`, `head` and `embedding` may be absent.
-ROLES = ("enorm", "hnorm", "eh_proj", "e_proj", "h_proj", "norm", "head", "embedding")
+# where the two halves of the projection are two tensors; `norm`, `head` and `embedding` may be absent. `vocabulary` is
+# a list of token ids (`vocabulary.DraftVocabulary`), which only heads that fourfold trained have.
+ROLES = ("enorm", "hnorm", "eh_proj", "e_proj", "h_proj", "norm", "head", "embedding", "vocabulary")
 BLOCK = "block"  # the decoder layer, in `MtpHead.locate`
 
 

@@ -58,12 +58,13 @@ _QWEN = _triple("", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc") | {"nor
 FAMILIES: tuple[Family, ...] = (
     Family(
         "deepseek_v3",
-        _SHARED_HEAD,
+        _SHARED_HEAD | {"vocabulary": "layers.{layer}.shared_head.vocabulary"},
         "layers.{layer}",
         _MODEL,
         Formula(mask_first_position=True),
         "vLLM deepseek_mtp.py; SGLang deepseek_nextn.py and transformers MtpModel compute the same without the mask",
         ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+        ("head", "embedding", "vocabulary"),
     ),
     Family(
         "glm4_moe",

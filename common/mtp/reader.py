@@ -87,7 +87,8 @@ def read_head(path: Path) -> Reading:
     wrong = formats.contradictions(
         {n: s for n, s in stored.items() if n not in _unquantised(family, modules)}, declared
     )
-    if architecture not in family.architectures and written is None:
+    trained = "vocabulary" in modules[0].roles  # by fourfold
+    if architecture not in family.architectures and written is None and not trained:
         findings.append(f"nobody has checked that a {architecture} computes its head as {family.name} does")
     findings += [
         f"config.json says {key} = {count}, the tensors are of {match.modules}"
@@ -189,6 +190,10 @@ def _check_shapes(head: MtpHead, tensors: Mapping[str, Entry], stored: Mapping[s
     for module in head.modules:
         for role, name in module.roles.items():
             vector = tensors.get(f"{name}.weight")
+            if role == "vocabulary":
+                if vector is None or vector.dtype not in ("I32", "I64") or len(vector.shape) != 1:
+                    raise FourfoldError(f"{name}: expected a list of token ids, found {vector}")
+                continue
             if name not in stored and (vector is None or vector.dtype not in FLOATS):
                 raise FourfoldError(f"{name}: expected a weight in floating point, found {vector and vector.dtype}")
             found = stored[name].shape if name in stored else vector.shape if vector else ()

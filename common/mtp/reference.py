@@ -114,7 +114,12 @@ class ReferenceHead:
             joined = linear(halves[0], weights["e_proj"]) + linear(halves[1], weights["h_proj"])
         out = self.depths[depth].block(joined, positions)
         normed = self._norm(out, weights["norm"]) if "norm" in weights else out
-        return linear(normed, weights["head"]), normed if formula.feedback == "post_norm" else out
+        logits = linear(normed, weights["head"])
+        if "vocabulary" in weights:
+            drafted = torch.zeros(logits.shape[-1], dtype=torch.bool)
+            drafted[weights["vocabulary"].long()] = True
+            logits = logits.masked_fill(~drafted, float("-inf"))
+        return logits, normed if formula.feedback == "post_norm" else out
 
     def forward(self, tokens: Tensor, hidden: Tensor) -> list[Tensor]:
         """Teacher-forced logits of each module: for module d [B, T - 1 - d, V], of tokens d + 2 and later.

@@ -1,0 +1,108 @@
+"""The head that is trained: DeepSeek-V3's module around a copy of the target's last decoder layer, on whole sequences.
+
+Step s of a chain that starts at column i reads the head's own state of step s - 1, attends to the columns up to i of
+step 0 and to column i of each step since, as in an engine, whose cache holds exactly these entries. All chains of a
+sequence are computed at once: the keys of the steps lie one after the other in one cache under a mask (EAGLE-3's
+training-time test, arXiv 2503.01840). The formula is that of `layouts.FAMILIES`' ``deepseek_v3``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fourfold.common.errors import FourfoldError
+
+VOCABULARY = "shared_head.vocabulary"
+
+
+class TrainedHead(nn.Module):
+    """One MTP module.
+
+    Args:
+        target: a transformers causal language model whose decoder layers are called as Llama's.
+        vocabulary: [W] int64, the words that are drafted.
+
+    Raises:
+        FourfoldError: the model has no such layers.
+    """
+
+    def __init__(self, target: Any, vocabulary: Tensor) -> None:
+        super().__init__()
+        inner = target.model
+        missing = [part for part in ("layers", "norm", "rotary_emb", "embed_tokens") if not hasattr(inner, part)]
+        if missing:
+            raise FourfoldError(f"{type(target).__name__}.model has no {missing[0]}; a head cannot be trained for it")
+        self.layer_count, size = len(inner.layers), inner.config.hidden_size
+        self.block = copy.deepcopy(inner.layers[-1]).float()
+        for module in self.block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = 0
+                module.config._attn_implementation = "sdpa"  # takes the mask below
+        self.norm = copy.deepcopy(inner.norm).float()
+        self.enorm, self.hnorm = (_ones(copy.deepcopy(inner.norm).float()) for _ in range(2))
+        self.eh_proj = nn.Linear(2 * size, size, bias=False)
+        with torch.no_grad():  # begin as the target's last layer would go on from the hidden state alone
+            self.eh_proj.weight.zero_()
+            self.eh_proj.weight[:, size:].copy_(torch.eye(size))
+        self.rotary_emb = copy.deepcopy(inner.rotary_emb)
+        self.register_buffer("vocabulary", vocabulary)
+        self.register_buffer("embedding", inner.embed_tokens.weight.detach(), persistent=False)
+        self.register_buffer("words", target.lm_head.weight.detach()[vocabulary], persistent=False)
+
+    def states(self, tokens: Tensor, hidden: Tensor, steps: int) -> list[Tensor]:
+        """The feedback of each step, after ``norm``.
+
+        Args:
+            tokens: [B, T + steps] int64; column i is the token after the position of ``hidden``'s column i.
+            hidden: [B, T, H] float32, the target's states after its final norm.
+
+        Returns:
+            ``steps`` tensors [B, T, H]; column i of step s predicts ``tokens`` column i + s + 1.
+        """
+        from transformers import DynamicCache
+
+        count = hidden.shape[1]
+        cache = DynamicCache()
+        places = torch.arange(count, device=hidden.device)
+        causal, own = places[:, None] >= places, places[:, None] == places
+        out = []
+        for step in range(steps):
+            words = self.embedding[tokens[:, step : step + count]].float()
+            if step == 0:
+                words = words * (places > 0)[:, None]  # the formula's mask of the first position
+            joined = self.eh_proj(torch.cat([self.enorm(words), self.hnorm(hidden)], -1))
+            positions = (places + step)[None]
+            mask = torch.cat([causal] + [own] * step, 1)[None, None]
+            hidden = self.block(
+                joined,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                position_embeddings=self.rotary_emb(joined, positions),
+            )
+            hidden = self.norm(hidden[0] if isinstance(hidden, tuple) else hidden)
+            out.append(hidden)
+        return out
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[..., W] of states [..., H]."""
+        return linear(states.to(self.words.dtype), self.words)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The head as a checkpoint names it, in BF16."""
+        prefix = f"model.layers.{self.layer_count}."
+        named = {f"{role}.weight": getattr(self, role).weight for role in ("enorm", "hnorm", "eh_proj")}
+        named |= {"shared_head.norm.weight": self.norm.weight, **dict(self.block.named_parameters())}
+        found = {prefix + name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in named.items()}
+        return found | {f"{prefix}{VOCABULARY}.weight": self.vocabulary.to(torch.int32)}
+
+
+def _ones(norm: nn.Module) -> nn.Module:
+    nn.init.ones_(norm.weight)
+    return norm
