@@ -9,6 +9,7 @@ import typer
 from fourfold.common import __version__
 from fourfold.common.bench.engine import engine
 from fourfold.common.bench.linear import linear
+from fourfold.common.bench.mtp import mtp as bench_mtp
 from fourfold.common.bench.quality import quality
 from fourfold.common.bench.quantize import quantize as bench_quantize
 from fourfold.common.doctor import doctor
@@ -24,6 +25,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(mtp_app, name="mtp")
 bench_app.command()(linear)
 bench_app.command()(engine)
+bench_app.command(name="mtp")(bench_mtp)
 bench_app.command(name="quantize")(bench_quantize)
 bench_app.command()(quality)
 

@@ -8,19 +8,17 @@ Decode speed is ``B (T - 1) / (t(T) - t(1))`` for B requests of T tokens; the ra
 from __future__ import annotations
 
 import json
-import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fourfold.common.bench.turns import awake, started
 from fourfold.common.errors import FourfoldError
 from fourfold.common.serving import EngineServer, installed_engine
 
@@ -43,15 +41,6 @@ class Row:
     high: float
     ratio: float | None
     peak_gib: float | None
-
-
-@contextmanager
-def _awake(server: EngineServer) -> Iterator[None]:
-    server.signal(signal.SIGCONT)
-    try:
-        yield
-    finally:
-        server.signal(signal.SIGSTOP)
 
 
 def _run_batch(server: EngineServer, batch: int, tokens: int, salt: int) -> float:
@@ -108,19 +97,12 @@ def measure(
 ) -> list[Row]:
     """Start every server, let them take turns, and return the rows; the first server is the base of the ratios."""
     speeds: dict[tuple[str, int], list[float]] = {}
-    with ExitStack() as stack:
-        for label, server in servers.items():
-            note(f"starting {label}")
-            stack.callback(server.stop)
-            server.start()
-            server.wait(1800, tick=lambda line, label=label: note(f"{label}: {line[-100:]}"))
-            _run_batch(server, max(batches), 4, 0)
-            server.signal(signal.SIGSTOP)
+    with started(servers, lambda server: _run_batch(server, max(batches), 4, 0), note):
         for turn in range(rounds):
             for batch in batches:
                 for label, server in servers.items():
                     note(f"round {turn + 1} of {rounds}: {label}, batch {batch}")
-                    with _awake(server):
+                    with awake(server):
                         speed = decode_speed(server, batch, tokens, 10 * turn + batch)
                     speeds.setdefault((label, batch), []).append(speed)
         peaks = {label: _peak_gib(server) for label, server in servers.items()}
