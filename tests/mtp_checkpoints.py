@@ -81,7 +81,8 @@ def head(family: Family, prefix: str, modules: int = 1, format: str = "bf16", wi
         for role, template in family.roles.items():
             if role not in without:
                 name = prefix + template.format(n=n, layer=LAYERS + n)
-                tensors |= layer(name, shapes[role]) if role in shapes else {f"{name}.weight": ("BF16", (HIDDEN,))}
+                vector = ("I32", (VOCABULARY // 2,)) if role == "vocabulary" else ("BF16", (HIDDEN,))
+                tensors |= layer(name, shapes[role]) if role in shapes else {f"{name}.weight": vector}
     return tensors
 
 

@@ -119,7 +119,7 @@ for family in ("deepseek_v3", "qwen3_next", "mimo", "deepseek_v4", "bailing_moe"
                 DAMAGES[f"{family}: {role} {kind}"] = _head(
                     family, lambda t, n=name, s=changed: t.update({f"{n}.weight": ("BF16", s)})
                 )
-        for dtype in ("I32", "U8", "BOOL", "F8_E4M3"):
+        for dtype in ("BF16" if role == "vocabulary" else "I32", "U8", "BOOL", "F8_E4M3"):
             DAMAGES[f"{family}: {role} of {dtype}"] = _head(
                 family, lambda t, n=name, d=dtype, s=shape: t.update({f"{n}.weight": (d, s)})
             )

@@ -18,7 +18,7 @@ def train(
     tokens: Annotated[int, typer.Option(min=1000, help="Tokens of answers that the model writes to be trained on.")] = (
         300_000
     ),
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 6,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 8,
     steps: Annotated[
         int, typer.Option(min=1, max=8, help="Tokens that the head learns to draft, one after another.")
     ] = 3,
@@ -34,6 +34,7 @@ def train(
     One module in DeepSeek-V3's form, used again for each further token. Hours on a CPU, minutes on a GPU. A run that
     was stopped goes on when the command is repeated; what it keeps lies in .OUT.training beside OUT.
     """
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -67,6 +68,7 @@ def train(
                 target, lambda done, all: progress.update(task, completed=done, total=all, note=f"{done} of {all}")
             )
         states.load()
+        torch.manual_seed(0)
         head = TrainedHead(target, words.to(target.device))
         count = target.config.vocab_size
         del target

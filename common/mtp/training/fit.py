@@ -38,8 +38,8 @@ class Plan:
     """
 
     steps: int = 3
-    epochs: int = 4
-    batch_tokens: int = 4096
+    epochs: int = 8
+    batch_tokens: int = 2048
     matrix_rate: float = 0.01
     vector_rate: float = 0.002
     warmup: float = 0.03
