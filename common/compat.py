@@ -43,6 +43,7 @@ _ALGORITHM = "SGLang's class for registered algorithms has it"
 _RUNNER = "v1.worker.gpu_model_runner:GPUModelRunner"
 _DRAFTER = "SGLang lets a registered algorithm choose its draft worker"
 _SCHEDULER = "vLLM lets a plugin choose the draft length"
+_RANKS = "vLLM's dynamic speculation works under data parallelism"
 _DRAFTER = "vLLM lets a plugin draft beside an MTP head"
 _LOADER = "the engine offers quantisation methods a loader without naming their class"
 
@@ -137,6 +138,30 @@ SEAMS: tuple[Seam, ...] = (
     _vllm("v1.core.sched.output:SchedulerOutput.num_spec_tokens_to_schedule", "the length in use", until=_SCHEDULER),
     _vllm("v1.core.sched.output:SchedulerOutput.scheduled_spec_decode_tokens", "which steps to time", until=_SCHEDULER),
     _vllm("v1.worker.gpu_worker:Worker", "the worker that drafts from two sources, on a GPU", until=_DRAFTER),
+    _vllm("v1.core.sched.scheduler:Scheduler.vllm_config", "whether data-parallel ranks learn", until=_SCHEDULER),
+    _vllm("config.parallel:ParallelConfig.data_parallel_size", "whether ranks must agree", until=_RANKS),
+    _vllm("config.parallel:ParallelConfig.worker_cls", "whether empty steps are told the length", until=_RANKS),
+    _vllm("config.parallel:ParallelConfig.enable_elastic_ep", "whether ranks may join", until=_RANKS),
+    _vllm("config.compilation:CUDAGraphMode.has_full_cudagraphs", "whether verification is fixed", until=_RANKS),
+    _vllm(
+        "v1.engine.core:DPEngineCoreProc._has_global_unfinished_reqs",
+        "wrapped under data parallelism, where ranks agree on the draft length",
+        ("local_unfinished",),
+        _RANKS,
+    ),
+    _vllm("v1.engine.core:DPEngineCoreProc.step_counter", "when they do", until=_RANKS),
+    _vllm("v1.engine.core:DPEngineCoreProc.dp_sync_interval", "when they do", until=_RANKS),
+    _vllm("v1.engine.core:DPEngineCoreProc.dp_group", "exchanges what they saw", until=_RANKS),
+    _vllm("v1.engine.core:DPEngineCoreProc.dp_rank", "exchanges what they saw", until=_RANKS),
+    _vllm("v1.engine.core:DPEngineCoreProc.dp_size", "exchanges what they saw", until=_RANKS),
+    _vllm("v1.engine.core:EngineCore.execute_dummy_batch", "replaced to tell workers the length", until=_RANKS),
+    _vllm("v1.engine.core:EngineCore.model_executor", "tells workers the length", until=_RANKS),
+    _vllm("v1.executor.abstract:Executor.collective_rpc", "the same", ("method", "timeout", "args"), _RANKS),
+    _vllm("envs:VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "as long as vLLM waits", until=_RANKS),
+    _vllm("v1.worker.gpu_worker:Worker.execute_dummy_batch", "takes the length", until=_RANKS),
+    _vllm("v1.worker.gpu_worker:Worker.execute_model", "takes the length", ("scheduler_output",), _RANKS),
+    _vllm("v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.dummy_run", "runs the draft empty", until=_RANKS),
+    _vllm("v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.num_speculative_tokens", "how often", until=_RANKS),
     _vllm("v1.worker.gpu_worker:Worker.init_device", "makes the runner", until=_DRAFTER),
     _vllm("v1.worker.gpu_worker:Worker.model_runner", "drafts", until=_DRAFTER),
     _vllm("v1.worker.cpu_worker:CPUWorker", "the worker that drafts from two sources, on a CPU", until=_DRAFTER),

@@ -94,6 +94,9 @@ class MtpSettings(_Strict):
     """Options of multi-token prediction."""
 
     hybrid: HybridSettings = Field(default_factory=HybridSettings)
+    adaptive_data_parallel: bool = Field(
+        default=False, description="vLLM: AdaptiveScheduler learns under data parallelism too; its ranks agree"
+    )
 
 
 class Settings(_Strict):
