@@ -90,6 +90,7 @@ SEAMS: tuple[Seam, ...] = (
     _vllm("config.vllm:VllmConfig.use_v2_model_runner", "how many MTP modules draft"),
     _vllm("config.vllm:VllmConfig.num_speculative_tokens", "how many MTP modules draft"),
     _vllm("compilation.decorators:support_torch_compile", "compiles a draft", ("dynamic_arg_dims", "enable_if")),
+    _vllm("distributed:get_tensor_model_parallel_world_size", "how many ranks a draft vocabulary is on"),
     _vllm(
         "distributed.communication_op:tensor_model_parallel_all_gather", "gathers a sequence-parallel layer's output"
     ),
@@ -137,7 +138,6 @@ SEAMS: tuple[Seam, ...] = (
     _vllm("v1.core.sched.output:SchedulerOutput", "a step", until=_SCHEDULER),
     _vllm("v1.core.sched.output:SchedulerOutput.num_spec_tokens_to_schedule", "the length in use", until=_SCHEDULER),
     _vllm("v1.core.sched.output:SchedulerOutput.scheduled_spec_decode_tokens", "which steps to time", until=_SCHEDULER),
-    _vllm("v1.worker.gpu_worker:Worker", "the worker that drafts from two sources, on a GPU", until=_DRAFTER),
     _vllm("v1.core.sched.scheduler:Scheduler.vllm_config", "whether data-parallel ranks learn", until=_SCHEDULER),
     _vllm("config.parallel:ParallelConfig.data_parallel_size", "whether ranks must agree", until=_RANKS),
     _vllm("config.parallel:ParallelConfig.worker_cls", "whether empty steps are told the length", until=_RANKS),
@@ -162,8 +162,10 @@ SEAMS: tuple[Seam, ...] = (
     _vllm("v1.worker.gpu_worker:Worker.execute_model", "takes the length", ("scheduler_output",), _RANKS),
     _vllm("v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.dummy_run", "runs the draft empty", until=_RANKS),
     _vllm("v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.num_speculative_tokens", "how often", until=_RANKS),
+    _vllm("v1.worker.gpu_worker:Worker", "the worker that drafts from two sources, on a GPU", until=_DRAFTER),
     _vllm("v1.worker.gpu_worker:Worker.init_device", "makes the runner", until=_DRAFTER),
     _vllm("v1.worker.gpu_worker:Worker.model_runner", "drafts", until=_DRAFTER),
+    _vllm("v1.worker.worker_base:WorkerBase.is_driver_worker", "counts for its ranks", until=_DRAFTER),
     _vllm("v1.worker.cpu_worker:CPUWorker", "the worker that drafts from two sources, on a CPU", until=_DRAFTER),
     _vllm("v1.worker.cpu_worker:CPUWorker.init_device", "makes the runner", until=_DRAFTER),
     _vllm(
@@ -183,7 +185,6 @@ SEAMS: tuple[Seam, ...] = (
     _vllm("v1.worker.gpu_input_batch:InputBatch.vocab_size", "which tokens are valid", until=_DRAFTER),
     _vllm("v1.worker.gpu_input_batch:InputBatch.token_ids_cpu", "their text", until=_DRAFTER),
     _vllm("v1.worker.gpu_input_batch:InputBatch.num_tokens_no_spec", "how long it is", until=_DRAFTER),
-    _vllm("v1.worker.gpu_input_batch:InputBatch.num_computed_tokens_cpu", "how much of it is read", until=_DRAFTER),
     _vllm(
         "v1.sample.rejection_sampler:RejectionSampler.parse_output",
         "the accepted tokens",
@@ -191,7 +192,6 @@ SEAMS: tuple[Seam, ...] = (
         _DRAFTER,
     ),
     _vllm("v1.core.sched.output:SchedulerOutput.finished_req_ids", "which texts to forget", until=_DRAFTER),
-    _vllm("v1.core.sched.output:SchedulerOutput.num_scheduled_tokens", "how much of a text is read", until=_DRAFTER),
     _vllm("utils.gpu_sync_debug:gpu_sync_allowed", "drafts on the host", until=_DRAFTER),
     _vllm("config.speculative:SpeculativeConfig.draft_sample_method", "refuses what is not certain", until=_DRAFTER),
     _vllm("config.vllm:VllmConfig.use_v2_model_runner", "refuses the runner that drafts elsewhere", until=_DRAFTER),
@@ -348,7 +348,7 @@ SEAMS: tuple[Seam, ...] = (
     _sglang("layers.vocab_parallel_embedding:VocabParallelEmbedding", "a draft's own embedding"),
     _sglang("layers.dp_attention:is_dp_attention_enabled", "how a draft's embedding is split"),
     _sglang("runtime_context:get_parallel", "how a draft's output head is split"),
-    _sglang("runtime_context:get_spec", "whether the CPU platform speculates"),
+    _sglang("runtime_context:get_spec", "whether the CPU platform speculates, whether a token map is given"),
     _sglang("platforms.interface:KVPoolKind", "which cache the CPU platform is asked for"),
     _sglang("plugins.hook_registry:HookType", "replaces functions"),
     _sglang("layers.attention.base_attn_backend:AttentionBackend", "attention of a draft's steps"),

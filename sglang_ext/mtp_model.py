@@ -24,7 +24,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_loader.auto_loader import LLAMA_STACKED_MAPPING
 from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
 from sglang.srt.models.registry import ModelRegistry
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_spec
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -155,7 +155,8 @@ class FourfoldMTP(nn.Module):
         for role, module, weight in (("embedding", self.embed_tokens, embed), ("head", self.lm_head, head)):
             if role in self.roles or weight is None:
                 continue
-            if weight.shape != module.weight.shape:
+            mapped = role == "head" and get_spec().speculative_token_map is not None
+            if weight.shape[mapped:] != module.weight.shape[mapped:]:  # a token map leaves some rows of the head
                 raise FourfoldError(
                     f"the target's {role} is {list(weight.shape)}, this draft was written for a model with "
                     f"{list(module.weight.shape)}; write it again from the target"

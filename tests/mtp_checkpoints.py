@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def architecture(family: Family) -> str:
 
 
 def write_file(path: Path, tensors: Tensors, scale: int = 1) -> None:
-    """Write a safetensors file of zeros without writing the zeros."""
+    """Write a safetensors file of zeros without writing the zeros; int32 tensors count."""
     header, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * BYTES.get(dtype, 1) * scale
@@ -110,6 +111,10 @@ def write_file(path: Path, tensors: Tensors, scale: int = 1) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
+        for entry in header.values():
+            if entry["dtype"] == "I32" and scale == 1:
+                file.seek(8 + len(text) + entry["data_offsets"][0])
+                file.write(array("i", range(math.prod(entry["shape"]))).tobytes())
 
 
 def write_model(path: Path, tensors: Tensors, config: dict[str, Any], shards: int = 1) -> Path:

@@ -14,6 +14,7 @@ from fourfold.common.mtp.reader import Reading
 Engine = Literal["vllm", "sglang"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 ARCHITECTURE = "FourfoldMTP"  # the generic class of both engines
+WORDS = "vocabulary.pt"  # a draft vocabulary as SGLang reads it
 
 
 def serving_class(reading: Reading, engine: Engine) -> str:
@@ -34,13 +35,19 @@ def launch_flags(reading: Reading, engine: Engine, draft: Path, own: bool) -> st
         options: dict[str, object] = {"method": "mtp", "num_speculative_tokens": count}
         if not own:
             options["model"] = str(draft)
-        if "vocabulary" in reading.head.modules[0].roles:  # no logits of the words that are not drafted
+        if has_vocabulary(reading):  # no logits of the words that are not drafted
             options["use_local_argmax_reduction"] = True
         return f"--speculative-config {shlex.quote(json.dumps(options))}"
+    words = f" --speculative-token-map {shlex.quote(str(draft / WORDS))}" if has_vocabulary(reading) else ""
     return (
         f"--speculative-algorithm EAGLE --speculative-draft-model-path {shlex.quote(str(draft))} "
-        f"--speculative-num-steps {count} --speculative-eagle-topk 1 --speculative-num-draft-tokens {count + 1}"
+        f"--speculative-num-steps {count} --speculative-eagle-topk 1 --speculative-num-draft-tokens {count + 1}{words}"
     )
+
+
+def has_vocabulary(reading: Reading) -> bool:
+    """Whether the head drafts from a vocabulary of its own."""
+    return "vocabulary" in reading.head.modules[0].roles
 
 
 def check_engine(name: str) -> Engine:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.mtp.engines import ARCHITECTURE, Engine, launch_flags, serving_class
+from fourfold.common.mtp.engines import ARCHITECTURE, WORDS, Engine, has_vocabulary, launch_flags, serving_class
 from fourfold.common.mtp.formats import NVFP4, PLAIN, without_expert
 from fourfold.common.mtp.head import BLOCK, KEY
 from fourfold.common.mtp.reader import Reading, quantization_config, read_head
@@ -56,6 +56,8 @@ def extract(model: Path, out: Path, engine: Engine) -> Reading:
             _write_json(part / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
             for shard in sorted(set(weight_map.values())):
                 (part / shard).symlink_to(os.path.relpath((model / shard).resolve(), parent.resolve() / part.name))
+            if engine == "sglang" and has_vocabulary(reading):
+                _write_words(part / WORDS, model, reading)
             part.rename(out)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -124,6 +126,20 @@ def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
     for length in shape:
         size *= length
     return size
+
+
+def _write_words(path: Path, model: Path, reading: Reading) -> None:
+    """Write the draft vocabulary as a list of token ids, which SGLang's ``--speculative-token-map`` loads."""
+    import torch
+    from safetensors import safe_open
+
+    from fourfold.common.mtp.vocabulary import check_words
+
+    name = f"{reading.head.modules[0].roles['vocabulary']}.weight"
+    with safe_open(model / reading.tensors[name].shard, "pt") as shard:
+        words = shard.get_tensor(name)
+    check_words(words)
+    torch.save(words.tolist(), path)
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -21,6 +21,7 @@ from fourfold.common.settings import HybridSettings
 Source = Literal["suffix", "mtp"]
 SOURCES: tuple[Source, ...] = get_args(Source)
 
+READ = 8192  # tokens of new text for engines to read in a step, some 12 ms
 _CHECKED = 16  # tokens before the new ones that must be as known, else it is another text
 _STRICTEST = 16  # times min_match: the longest match that a request can come to demand
 
@@ -50,6 +51,7 @@ class SourceTotals:
 class _Request:
     lookup: SuffixLookup
     needed: int  # match length that gives a draft
+    whole: bool = True  # the text is known to its end
     source: Source | None = None  # of the draft to be verified next
 
 
@@ -65,11 +67,19 @@ class HybridDrafts:
         self._requests: dict[Hashable, _Request] = {}
         self._totals: dict[Source, SourceTotals] = {source: SourceTotals() for source in SOURCES}
 
-    def observe(self, request: Hashable, tokens: Tokens) -> None:
+    def observe(self, request: Hashable, tokens: Tokens, most: int | None = None) -> int:
         """Take note of the text of ``request``: ``tokens`` is its prompt and verified output so far.
 
-        Costs O(1) amortised for each token that is new. A text that does not go on from the one known under this id
-        (the id was used again, or output was taken back) starts anew.
+        Costs O(1) amortised for each token that is new, 1 to 2 microseconds, and 450 bytes for as long as the request
+        is kept. A text that does not go on from the one known under this id (the id was used again, or output was
+        taken back) starts anew.
+
+        Args:
+            most: new tokens to read, so that a long text does not hold up a batch. A text that is not read to its end
+                drafts nothing; None: no bound.
+
+        Returns:
+            Tokens read.
         """
         known = self._requests.get(request)
         if known is None or not known.lookup.precedes(tokens, _CHECKED):
@@ -77,11 +87,17 @@ class HybridDrafts:
                 min_match=1, max_draft=self.settings.max_draft, draft_per_match=self.settings.draft_per_match
             )
             known = self._requests[request] = _Request(lookup, self.settings.min_match)
-        known.lookup.extend(map(int, tokens[len(known.lookup) :]))
+        start = len(known.lookup)
+        end = len(tokens) if most is None else min(len(tokens), start + max(most, 0))
+        known.lookup.extend(map(int, tokens[start:end]))
+        known.whole = end == len(tokens)
+        return end - start
 
     def append(self, request: Hashable, tokens: Iterable[int]) -> None:
-        """Add verified tokens to the text of a request that was observed."""
-        self._requests[request].lookup.extend(tokens)
+        """Add verified tokens to the observed text of ``request``; to one not read to its end, `observe` adds them."""
+        known = self._requests[request]
+        if known.whole:
+            known.lookup.extend(tokens)
 
     def propose(self, request: Hashable, limit: int) -> list[int]:
         """The suffix draft of ``request``, at most ``limit`` tokens; empty: the head's draft stands.
@@ -91,7 +107,8 @@ class HybridDrafts:
         known = self._requests.get(request)
         if known is None:
             return []
-        draft = known.lookup.propose(max(limit, 0)) if known.lookup.match[0] >= known.needed else []
+        matched = known.whole and known.lookup.match[0] >= known.needed
+        draft = known.lookup.propose(max(limit, 0)) if matched else []
         known.source = "suffix" if draft else "mtp"
         return draft
 
