@@ -90,7 +90,7 @@ SEAMS: tuple[Seam, ...] = (
     _vllm("config.vllm:VllmConfig.use_v2_model_runner", "how many MTP modules draft"),
     _vllm("config.vllm:VllmConfig.num_speculative_tokens", "how many MTP modules draft"),
     _vllm("compilation.decorators:support_torch_compile", "compiles a draft", ("dynamic_arg_dims", "enable_if")),
-    _vllm("distributed:get_tensor_model_parallel_world_size", "how many ranks a draft vocabulary is on"),
+    _vllm("distributed.parallel_state:get_tensor_model_parallel_world_size", "the ranks of a draft vocabulary"),
     _vllm(
         "distributed.communication_op:tensor_model_parallel_all_gather", "gathers a sequence-parallel layer's output"
     ),
