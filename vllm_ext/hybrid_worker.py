@@ -9,7 +9,8 @@ requests of a step draft from their text, the head runs once, over the verified 
 The text is looked up on the host, after each step's tokens: hence no asynchronous scheduling, which CPUs never have.
 
 vLLM's V1 model runner only, the one of CPUs: on a GPU set ``VLLM_USE_V2_MODEL_RUNNER=0``. `FourfoldError` names what
-else does not fit. ``collective_rpc("draft_totals")`` returns the counts by source.
+else does not fit. The counts by source are in ``/metrics`` (`fourfold.common.mtp.metrics`), and what
+``collective_rpc("draft_totals")`` returns.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from vllm.platforms import current_platform
 
 from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
-from fourfold.common.mtp.hybrid import HybridDrafts
+from fourfold.common.mtp import metrics
+from fourfold.common.mtp.hybrid import READ, HybridDrafts
 from fourfold.common.settings import HybridSettings, parse_settings
 
 if TYPE_CHECKING or not current_platform.is_cpu():
@@ -38,9 +40,10 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 class HybridDrafting:
     """Drafts of one V1 model runner: takes its place between sampling and the head."""
 
-    def __init__(self, runner: Any, settings: HybridSettings) -> None:
+    def __init__(self, runner: Any, settings: HybridSettings, reports: bool) -> None:
         self.settings = settings
         self.drafts = HybridDrafts(settings)
+        self._reports = reports and metrics.enable()
         self._runner = runner
         self._sampled: list[list[int]] = []  # by row of the batch: this step's tokens, none while a prompt is read
         self._update, self._propose = runner._update_states_after_model_execute, runner.propose_draft_token_ids
@@ -56,46 +59,53 @@ class HybridDrafting:
             self._sampled, _ = RejectionSampler.parse_output(output_token_ids, batch.vocab_size, incomplete.tolist())
         if scheduler_output.finished_req_ids:
             self.drafts.retain(runner.requests)
+        left = READ
         for row, (request, tokens) in enumerate(zip(batch.req_ids, self._sampled, strict=True)):
-            if not tokens:
-                # Long prompts are read in chunks, at the pace of the model.
-                read = batch.num_computed_tokens_cpu[row] + scheduler_output.num_scheduled_tokens[request]
-                self.drafts.observe(request, batch.token_ids_cpu[row, :read])
-                continue
-            # vLLM pads drafts with -1.
-            drafted = sum(token >= 0 for token in scheduler_output.scheduled_spec_decode_tokens.get(request, ()))
-            self.drafts.verified(request, drafted, min(len(tokens) - 1, drafted))
-            self.drafts.observe(request, batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]])
+            if tokens:
+                # vLLM pads drafts with -1.
+                drafted = sum(token >= 0 for token in scheduler_output.scheduled_spec_decode_tokens.get(request, ()))
+                self.drafts.verified(request, drafted, min(len(tokens) - 1, drafted))
+            # Prompts are known before the model has read them.
+            left -= self.drafts.observe(request, batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]], left)
             self.drafts.append(request, tokens)
+        if self._reports:
+            metrics.publish(self.drafts.totals())
 
     def propose(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
         """The drafts by row of the batch, in place of the head's alone."""
         limit = scheduler_output.num_spec_tokens_to_schedule
         requests = zip(self._runner.input_batch.req_ids, self._sampled, strict=True)
-        texts = [self.drafts.propose(request, limit) if tokens else [] for request, tokens in requests]
+        texts = [self._text(request, limit) if tokens else [] for request, tokens in requests]
         headless = all(text or not tokens for text, tokens in zip(texts, self._sampled, strict=True))
         count = 0 if headless else min(self.settings.head_tokens, limit)
         drafts = self._propose(replace(scheduler_output, num_spec_tokens_to_schedule=count), *args, **kwargs)
         with gpu_sync_allowed():
             return [text or head for text, head in zip(texts, drafts.tolist(), strict=True)]
 
+    def _text(self, request: str, limit: int) -> list[int]:
+        draft = self.drafts.propose(request, limit)
+        # Images may stand in the text as numbers that are no tokens.
+        valid = all(0 <= token < self._runner.input_batch.vocab_size for token in draft)
+        return draft if valid else self.drafts.propose(request, 0)
+
 
 class HybridWorker(Worker):
     """The platform's worker with `HybridDrafting`."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        _check(vllm_config)
-        super().__init__(vllm_config, *args, **kwargs)
         extra = vllm_config.additional_config
         options = extra.get("fourfold", {}) if isinstance(extra, dict) else {}
         self._settings = parse_settings(options, "--additional-config fourfold").mtp.hybrid
+        _check(vllm_config, self._settings)
+        super().__init__(vllm_config, *args, **kwargs)
         self.hybrid: HybridDrafting | None = None
 
     def init_device(self) -> None:
         super().init_device()
         if not hasattr(self.model_runner, "drafter"):  # the last pipeline stage drafts
             return
-        self.hybrid = HybridDrafting(self.model_runner, self._settings)
+        # The ranks of a tensor-parallel group draft the same.
+        self.hybrid = HybridDrafting(self.model_runner, self._settings, self.is_driver_worker)
         longest = self.model_runner.num_spec_tokens
         get_logger(__name__).info(
             "fourfold: hybrid drafts: matches of %d tokens or more draft up to %d, the MTP head %d elsewhere",
@@ -111,8 +121,10 @@ class HybridWorker(Worker):
         return {source: asdict(totals) for source, totals in self.hybrid.drafts.totals().items()}
 
 
-def _check(vllm_config: Any) -> None:
+def _check(vllm_config: Any, settings: HybridSettings) -> None:
     """Refuse configurations in which drafts of two sources would be wrong or late."""
+    if not settings.enabled:
+        raise FourfoldError("HybridWorker: mtp.hybrid.enabled is false; leave out --worker-cls")
     speculative = vllm_config.speculative_config
     method = speculative.method if speculative else None
     if method != "mtp":

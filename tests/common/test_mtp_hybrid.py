@@ -65,6 +65,16 @@ def test_another_text_under_the_same_id_starts_anew() -> None:
         assert hybrid.propose(0, 8) == []
 
 
+def test_a_text_read_in_part_drafts_nothing() -> None:
+    hybrid = drafts()
+    assert hybrid.observe(0, PROMPT, 5) == 5 and hybrid.propose(0, 8) == []
+    hybrid.append(0, [99])  # comes after what was not read
+    assert hybrid.observe(0, [*PROMPT, 4], 0) == 0 == hybrid.observe(0, [*PROMPT, 4], -1)
+    assert hybrid.observe(0, [*PROMPT, 4], 8) == 8 and hybrid.propose(0, 8) == [5, 6, 7, 8]
+    hybrid.append(0, [5])
+    assert hybrid.observe(0, [*PROMPT, 4, 5]) == 0 and hybrid.propose(0, 2) == [6, 7]
+
+
 def test_only_retained_requests_are_kept() -> None:
     hybrid = drafts()
     for request in ("a", "b", 3):

@@ -3,9 +3,9 @@
 A case has ``model``, ``options`` of ``vllm.LLM`` and ``requests``, each with ``prompt`` and sampling parameters. With
 ``step_seconds``, by the number of tokens drafted, fourfold's scheduler sees steps of that duration, whatever else the
 machine does. Its result has the ``tokens`` of each request, vLLM's own speculation counters, the drafts that were
-``proposed`` in each step, the draft model's ``class``, the ``totals`` of a hybrid worker, or the ``error`` that the
-engine raised. A case with ``config`` starts no engine: its worker gets a configuration with those values, and one with
-``environment`` those variables.
+``proposed`` in each step, the draft model's ``class``, the ``totals`` and ``metrics`` of a hybrid worker, or the
+``error`` that the engine raised. A case with ``config`` starts no engine: its worker gets a configuration with those
+values, and one with ``environment`` those variables.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def refusal(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
+    from prometheus_client import REGISTRY, generate_latest
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -91,6 +92,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             result[name] = metric.values if hasattr(metric, "values") else metric.value
     if "worker_cls" in case["options"]:
         (result["totals"],) = llm.collective_rpc("draft_totals")
+        lines = generate_latest(REGISTRY).decode().splitlines()
+        result["metrics"] = [line for line in lines if line.startswith("fourfold:")]
     llm.llm_engine.engine_core.shutdown()
     return result
 

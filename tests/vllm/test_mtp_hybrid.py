@@ -119,6 +119,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases["probabilistic"] = {**cases["a copy"], "options": options, "config": {}}
     cases["asynchronous"] = {**cases["a copy"], "config": {"scheduler_config.async_scheduling": True}}
     cases["data parallel"] = {**cases["a copy"], "config": {"parallel_config.data_parallel_size": 2}}
+    disabled = cases["a copy"]["options"] | {"additional_config": {"fourfold": {"mtp": {"hybrid": {"enabled": False}}}}}
+    cases["disabled"] = {**cases["a copy"], "options": disabled, "config": {}}
     cases["V2"] = {**cases["a copy"], "config": {}, "environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}
     (folder / "cases.json").write_text(json.dumps(cases))
     script = str(Path(__file__).parent / "engine_runs.py")
@@ -164,6 +166,17 @@ def test_a_copy_counted_by_hand(runs: dict[str, Any]) -> None:
     assert all(len(draft) == 0 for step in runs["a cycle, useless head"]["proposed"] for draft in step)
 
 
+def test_metrics(runs: dict[str, Any]) -> None:
+    # The first engine of its process, which serves the counts of all.
+    name, totals = next(iter(CASES)), runs[next(iter(CASES))]["totals"]
+    served = {key: float(value) for key, value in (line.rsplit(" ", 1) for line in runs[name]["metrics"])}
+    for source, counts in totals.items():
+        assert served[f'fourfold:spec_drafts_total{{source="{source}"}}'] == counts["drafts"]
+        assert served[f'fourfold:spec_draft_tokens_total{{source="{source}"}}'] == counts["drafted"]
+        for position, count in enumerate(counts["accepted_by_position"]):
+            assert served[f'fourfold:spec_accepted_tokens_total{{position="{position}",source="{source}"}}'] == count
+
+
 def test_preempted_requests(runs: dict[str, Any]) -> None:
     result = runs["crowded"]
     assert result["tokens"] == [continuation(text[-1], TOKENS) for text in CROWD]
@@ -206,6 +219,7 @@ def test_the_log_says_what_drafts(runs: dict[str, Any]) -> None:
         ("probabilistic", "draft_sample_method='probabilistic' needs the probabilities of every drafted token"),
         ("asynchronous", "drafts before the host knows the text; add --no-async-scheduling"),
         ("data parallel", "data_parallel_size=2: the ranks' heads must run equally often"),
+        ("disabled", "mtp.hybrid.enabled is false; leave out --worker-cls"),
         ("V2", "the V2 model runner drafts on the device; set VLLM_USE_V2_MODEL_RUNNER=0"),
     ],
 )
