@@ -75,10 +75,16 @@ def word_index(vocabulary: Tensor, words: int) -> Tensor:
     return places
 
 
-def chain(head: TrainedHead, places: Tensor, states: States, batch: Sequence[int], steps: int) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and which drafts are right: bool [steps, starts], one column for each start of a chain."""
+def chain(
+    head: TrainedHead, places: Tensor, states: States, batch: Sequence[int], steps: int, whole: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and which drafts are right: bool [steps, starts], one column for each start of a chain.
+
+    Args:
+        whole: chains start in requests too, else in answers only.
+    """
     device = head.vocabulary.device
-    tokens, hidden, answer = (tensor.to(device) for tensor in states.batch(batch, steps))
+    tokens, hidden, answer = (tensor.to(device) for tensor in states.batch(batch, steps, whole))
     count = hidden.shape[1]
     starts = answer[:, :count]
     label = places[tokens]
@@ -128,7 +134,7 @@ def evaluate(head: TrainedHead, places: Tensor, states: States, held_out: Sequen
     for batch in batches([len(states.tokens[i]) for i in held_out], 8192):
         chosen = [held_out[i] for i in batch]
         with torch.autocast(head.vocabulary.device.type, torch.bfloat16):
-            _, right = chain(head, places, states, chosen, steps)
+            _, right = chain(head, places, states, chosen, steps, False)
         lengths = [len(states.tokens[i]) - states.prompts[i] for i in chosen]
         counts = [a + b for a, b in zip(counts, accepted(right, lengths), strict=True)]
     shares = [count / counts[-1] for count in counts[:-1]]
@@ -167,7 +173,7 @@ def fit(
         random.Random(epoch).shuffle(order)
         batch = [training[i] for i in grouped[order[place]]]
         with torch.autocast(head.vocabulary.device.type, torch.bfloat16):
-            loss, right = chain(head, places, states, batch, plan.steps)
+            loss, right = chain(head, places, states, batch, plan.steps, True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimiser.step(number)

@@ -114,9 +114,10 @@ class Run:
 
 
 def frequent(dialogues: Sequence[Dialogue], count: int) -> tuple[torch.Tensor, float]:
-    """The ``count`` most frequent words of the answers, in order of their ids, and the share of the text they make."""
+    """The ``count`` most frequent words, in order of their ids, and the share of the answers that they make."""
     counted = Counter(token for dialogue in dialogues for token in dialogue.answer)
-    chosen = sorted(counted, key=lambda word: (-counted[word], word))[:count]
+    known = counted + Counter(token for dialogue in dialogues for token in dialogue.prompt)
+    chosen = sorted(known, key=lambda word: (-known[word], word))[:count]
     return torch.tensor(sorted(chosen)), sum(counted[word] for word in chosen) / counted.total()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class States:
         self.path, self.hidden = path, hidden
         self.tokens = [torch.tensor(d.prompt + d.answer) for d in dialogues]
         self.prompts = [len(d.prompt) for d in dialogues]
+        self.opening = len(os.path.commonprefix([d.prompt for d in dialogues]))  # of a template: nothing to learn
         self._starts = [0]
         for row in self.tokens:
             self._starts.append(self._starts[-1] + len(row) - 1)
@@ -73,15 +75,17 @@ class States:
         """Map the file."""
         self._states = self._open(self.path)
 
-    def batch(self, indices: Sequence[int], steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A padded batch: tokens [B, T + steps], hidden [B, T, H], and which tokens are answered, [B, T + steps].
+    def batch(self, indices: Sequence[int], steps: int, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """A padded batch: tokens [B, T + steps], hidden [B, T, H], and which tokens count, [B, T + steps].
 
-        Column i of hidden is position i, column i of the others token i + 1.
+        Column i of hidden is position i, column i of the others token i + 1. The tokens of answers count, and where
+        ``whole`` is set those of requests too.
         """
         tokens = [torch.cat([self.tokens[i][1:], torch.zeros(steps, dtype=torch.int64)]) for i in indices]
         answer = []
         for i, row in zip(indices, tokens, strict=True):
             places = torch.arange(len(row))
-            answer.append((places >= self.prompts[i] - 1) & (places < len(row) - steps))
+            first = self.opening if whole else self.prompts[i]
+            answer.append((places >= first - 1) & (places < len(row) - steps))
         hidden = [self._states[self._starts[i] : self._starts[i + 1]] for i in indices]
         return padded(tokens), padded(hidden).float(), padded(answer)
