@@ -196,6 +196,8 @@ SEAMS: tuple[Seam, ...] = (
     _vllm("config.speculative:SpeculativeConfig.draft_sample_method", "refuses what is not certain", until=_DRAFTER),
     _vllm("config.vllm:VllmConfig.use_v2_model_runner", "refuses the runner that drafts elsewhere", until=_DRAFTER),
     _vllm("config.scheduler:SchedulerConfig.async_scheduling", "refuses late text", until=_DRAFTER),
+    _vllm("config.scheduler:SchedulerConfig.scheduler_cls", "refuses a learned draft length", until=_DRAFTER),
+    _vllm("platforms.interface:Platform.is_cuda_alike", "refuses platforms with workers of their own", until=_DRAFTER),
     _sglang("arg_groups.choices:QUANTIZATION_CHOICES", "whether the choice is there already"),
     _sglang("arg_groups.choices:add_quantization_method_choices", "adds the choice fourfold_nvfp4"),
     _sglang(

@@ -125,6 +125,9 @@ def _check(vllm_config: Any, settings: HybridSettings) -> None:
     """Refuse configurations in which drafts of two sources would be wrong or late."""
     if not settings.enabled:
         raise FourfoldError("HybridWorker: mtp.hybrid.enabled is false; leave out --worker-cls")
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        name = current_platform.device_name
+        raise FourfoldError(f"HybridWorker: platform {name!r}: expected a CPU, CUDA or ROCm; leave out --worker-cls")
     speculative = vllm_config.speculative_config
     method = speculative.method if speculative else None
     if method != "mtp":
@@ -139,6 +142,10 @@ def _check(vllm_config: Any, settings: HybridSettings) -> None:
         raise FourfoldError(
             f"HybridWorker: draft_sample_method={speculative.draft_sample_method!r} needs the probabilities of every "
             "drafted token, which those of the text do not have; leave it at 'greedy', which is lossless too"
+        )
+    if "AdaptiveScheduler" in str(vllm_config.scheduler_config.scheduler_cls):
+        raise FourfoldError(
+            "HybridWorker: AdaptiveScheduler learns one length for drafts of both sources; leave out --scheduler-cls"
         )
     ranks = vllm_config.parallel_config.data_parallel_size
     if ranks > 1:

@@ -119,6 +119,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases["probabilistic"] = {**cases["a copy"], "options": options, "config": {}}
     cases["asynchronous"] = {**cases["a copy"], "config": {"scheduler_config.async_scheduling": True}}
     cases["data parallel"] = {**cases["a copy"], "config": {"parallel_config.data_parallel_size": 2}}
+    scheduler = "fourfold.vllm_ext.mtp_scheduler.AdaptiveScheduler"
+    cases["adaptive"] = {**cases["a copy"], "config": {"scheduler_config.scheduler_cls": scheduler}}
     disabled = cases["a copy"]["options"] | {"additional_config": {"fourfold": {"mtp": {"hybrid": {"enabled": False}}}}}
     cases["disabled"] = {**cases["a copy"], "options": disabled, "config": {}}
     cases["V2"] = {**cases["a copy"], "config": {}, "environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}
@@ -219,6 +221,7 @@ def test_the_log_says_what_drafts(runs: dict[str, Any]) -> None:
         ("probabilistic", "draft_sample_method='probabilistic' needs the probabilities of every drafted token"),
         ("asynchronous", "drafts before the host knows the text; add --no-async-scheduling"),
         ("data parallel", "data_parallel_size=2: the ranks' heads must run equally often"),
+        ("adaptive", "learns one length for drafts of both sources; leave out --scheduler-cls"),
         ("disabled", "mtp.hybrid.enabled is false; leave out --worker-cls"),
         ("V2", "the V2 model runner drafts on the device; set VLLM_USE_V2_MODEL_RUNNER=0"),
     ],
