@@ -81,6 +81,15 @@ class Plan:
     requests: int | None
     eager: bool
 
+    def count(self, batch: int) -> int:
+        """Requests of a turn."""
+        return batch + (max(7, batch) if self.requests is None else self.requests)
+
+    def prompts(self) -> list[str]:
+        """All that the turns ask."""
+        used = max(self.rounds * self.count(batch) for batch in self.batches)
+        return [prompt for kind in self.kinds for prompt in PROMPTS[kind][:used]]
+
     def arguments(self, configuration: Configuration) -> list[str]:
         """vLLM's, as on its command line."""
         longest, slots = PROMPT_TOKENS + self.tokens + max(*self.hybrid, *self.lengths) + 1, max(self.batches)
@@ -145,7 +154,6 @@ def measure(
     plan: Plan, group: Mapping[Configuration, EngineServer], first: int, note: Callable[[str], Any]
 ) -> list[Turn]:
     """Let the servers of one group take turns; ``first`` is the number of the first turn."""
-    prompts = [prompt for kind in plan.kinds for prompt in PROMPTS[kind]]
     out = []
 
     def take(kind: str, batch: int, start: int, count: int, configuration: Configuration) -> flow.Flow:
@@ -154,10 +162,10 @@ def measure(
             return flow.run(group[configuration], texts, batch, plan.tokens)
 
     servers = {configuration.label: server for configuration, server in group.items()}
-    with started(servers, lambda server: flow.read(server, prompts, max(plan.batches)), note):
+    with started(servers, lambda server: flow.read(server, plan.prompts(), max(plan.batches)), note):
         for kind in plan.kinds:
             for batch in plan.batches:
-                count = batch + (max(7, batch) if plan.requests is None else plan.requests)
+                count = plan.count(batch)
                 for configuration in group:  # the kernels and the learned length get to know this batch
                     note(f"{kind}, batch {batch}: warming {configuration.label}")
                     take(kind, batch, 0, batch, configuration)
@@ -258,6 +266,8 @@ def mtp(
         typer.echo(json.dumps(result, indent=1))
         return
     out = Console()
+    if not out.is_terminal:
+        out.width = 160  # a file has no width that the table has to fit into
     out.print(machine.describe())
     out.print(_table(table, f"{name} {version}, {model}, tokens/s, answers up to {tokens} tokens, {rounds} rounds"))
     out.print(_derived(derived))
