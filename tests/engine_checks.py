@@ -10,6 +10,8 @@ vLLM's own BF16 against BF16 weights in float32 0.022, 0.31, 0.23, so most of it
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,12 @@ def fourfold_lines(server: EngineServer) -> list[str]:
     """What fourfold logged about layers."""
     text = server.log.read_text(errors="replace")
     return [line[line.index("fourfold: ") :] for line in text.splitlines() if "fourfold: " in line]
+
+
+def probe(server: EngineServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``fourfold doctor --probe`` of the server, as a user runs it."""
+    command = [Path(sys.executable).parent / "fourfold", "doctor", "--probe", server.url, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def own_scales(source: Path, out: Path) -> Path:

@@ -1,4 +1,7 @@
-"""MTP in vLLM as a server, and over two ranks: its metrics, cached prefixes, logprobs, grammars, cancelled requests."""
+"""MTP in vLLM as a server, and over two ranks: its metrics, cached prefixes, logprobs, grammars, cancelled requests.
+
+Two servers start at once: one whose head is right, and one that drafts from text or a head that is always wrong.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,53 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import engine_checks
 import pytest
 from oracle import ORDER, PERMUTATION, SIZE, character, continuation, expected_drafts, probability, prompt, write_oracle
 
 from fourfold.common.mtp.extract import extract
+from fourfold.common.mtp.probe import read_metrics
 from fourfold.common.serving import EngineServer
 
 K, SCALE = 3, 0.4
 ARGUMENTS = ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager"]
 
 
-def start(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> EngineServer:
-    target, model = write_oracle(folder / "oracle", scale=SCALE)
+HYBRID = ["--worker-cls", "fourfold.vllm_ext.hybrid_worker.HybridWorker"]
+LIMIT = 8  # tokens that the second server drafts from text
+
+
+def start(
+    folder: Path, *arguments: str, env: dict[str, str] | None = None, kind: str = "right", k: int = K
+) -> EngineServer:
+    target, model = write_oracle(folder / "oracle", heads=(kind,), scale=SCALE)
     extract(model, folder / "draft", "vllm")
-    speculative = {"method": "mtp", "model": str(folder / "draft"), "num_speculative_tokens": K}
+    speculative = {"method": "mtp", "model": str(folder / "draft"), "num_speculative_tokens": k}
     flags = [*ARGUMENTS, "--speculative-config", json.dumps(speculative), *arguments]
     return EngineServer("vllm", str(target), folder / "log", flags, env or {"VLLM_CPU_OMP_THREADS_BIND": "0"})
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
-    with start(tmp_path_factory.mktemp("mtp"), "--block-size", "32", "--enable-prefix-caching") as running:
-        yield running
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, EngineServer]]:
+    folder = tmp_path_factory.mktemp("mtp")
+    starting = {
+        "right": start(folder / "right", "--block-size", "32", "--enable-prefix-caching"),
+        "wrong": start(folder / "wrong", *HYBRID, kind="swapped", k=LIMIT),
+    }
+    try:
+        for each in starting.values():
+            each.start()
+        for each in starting.values():
+            each.wait()
+        yield starting
+    finally:
+        for each in starting.values():
+            each.stop()
+
+
+@pytest.fixture(scope="module")
+def server(servers: dict[str, EngineServer]) -> EngineServer:
+    return servers["right"]
 
 
 def complete(server: EngineServer, text: list[int], tokens: int, **options: Any) -> dict[str, Any]:
@@ -63,6 +91,46 @@ def test_acceptance_in_the_metrics(server: EngineServer) -> None:
     before, text = counters(server), prompt(ORDER[0])
     assert complete(server, text, 40)["token_ids"] == continuation(text[-1], 40)
     assert counted(before, counters(server)) == expected_drafts(text, 40, K)
+
+
+def test_a_probe_passes(server: EngineServer) -> None:
+    before = counters(server)
+    done = engine_checks.probe(server, "--prompts", "16", "--json")
+    steps, accepted = counted(before, counters(server))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["verdict"]["ok"] and found["server"]["engine"] == "vllm" and found["server"]["k"] == K
+    assert (found["measured"]["drafts"], found["measured"]["accepted"]) == (steps, accepted)
+    assert found["measured"]["tokens"] == 16 * 64
+    assert found["measured"]["mean_acceptance_length"] == pytest.approx(1 + sum(accepted) / steps)
+    assert found["measured"]["acceptance"][0] > 0.9
+
+
+def test_a_probe_finds_a_wrong_head(servers: dict[str, EngineServer]) -> None:
+    done = engine_checks.probe(servers["wrong"], "--prompts", "16")
+    assert done.returncode == 1, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(
+        "FAIL acceptance collapsed: mean acceptance length 1.00, position 0 accepted in 0.0%; expected"
+    )
+    assert f"`fourfold mtp inspect {servers['wrong'].model}`" in last
+    assert "source mtp: 1008 drafts, 3024 tokens, 0 accepted" in done.stdout
+
+
+def test_drafts_by_source_in_the_metrics(servers: dict[str, EngineServer]) -> None:
+    before = read_metrics(servers["wrong"].url)
+    text = ORDER[:40] + ORDER[:10]  # goes on as before for 30 tokens
+    assert complete(servers["wrong"], text, 60)["token_ids"] == continuation(text[-1], 60)
+    after = read_metrics(servers["wrong"].url)
+    found = {
+        (name.removeprefix("fourfold:spec_").removesuffix("_total"), *dict(sorted(labels)).values()): int(value)
+        for (name, labels), value in ((key, value - before.get(key, 0)) for key, value in after.items())
+        if name.startswith("fourfold:") and value
+    }
+    # After the first token: 8 + 8 + 8 right and 2 of 8, each with the target's own token; then 29 tokens.
+    positions = {("accepted_tokens", str(i), "suffix"): count for i, count in enumerate([4, 4, *[3] * 6])}
+    suffix = {("drafts", "suffix"): 4, ("draft_tokens", "suffix"): 32, **positions}
+    assert found == {**suffix, ("drafts", "mtp"): 29, ("draft_tokens", "mtp"): 87}
 
 
 def test_a_cached_prefix_is_one_for_the_draft_too(server: EngineServer) -> None:
@@ -98,6 +166,7 @@ def test_a_grammar_cuts_drafts(server: EngineServer) -> None:
 
 def test_a_cancelled_stream_leaves_nothing_behind(server: EngineServer) -> None:
     texts = [prompt(ORDER[30 * i], 20) for i in range(4)]
+    before = counters(server)["generation_tokens_total"]
     for text in texts[:2]:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         body = {"model": server.model, "prompt": text, "max_tokens": 450, "ignore_eos": True, "stream": True}
@@ -109,7 +178,7 @@ def test_a_cancelled_stream_leaves_nothing_behind(server: EngineServer) -> None:
     assert answers == [continuation(text[-1], 60) for text in texts]
     found = counters(server)
     assert found["num_requests_running"] == found["num_requests_waiting"] == 0
-    assert found["generation_tokens_total"] < 1000  # the cancelled ones ended
+    assert found["generation_tokens_total"] - before < 600  # the cancelled ones ended
 
 
 def test_two_ranks(tmp_path: Path) -> None:
