@@ -38,3 +38,11 @@ def test_log_says_what_serves(server: EngineServer) -> None:
     assert served.startswith("fourfold: nvfp4 w4a16, backend cpu (")
     assert "for 120 layers (down_proj, gate_up_proj, o_proj, qkv_proj)" in served
     assert served.endswith("weights of the checkpoint (compressed-tensors)")
+
+
+def test_a_probe_says_what_a_server_without_speculation_lacks(server: EngineServer) -> None:
+    done = engine_checks.probe(server)
+    assert (
+        done.returncode == 2
+        and f"{server.url} (vLLM) does not speculate: start it with --speculative-config" in done.stderr
+    )
