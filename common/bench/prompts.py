@@ -336,16 +336,16 @@ def _misspell(text: str) -> str:
     return re.sub(r"[a-z]{7,}", lambda found: found[0][:2] + found[0][3] + found[0][2] + found[0][4:], text, count=3)
 
 
-# What SmolLM2 obeys by copying; it makes no other change that it is asked for.
+# What SmolLM2-135M answers by copying: three of four runs of four tokens in its greedy answers are in the prompt.
 _TASKS = (
-    "Repeat the following text exactly:\n\n{}",
-    "Copy this file word for word:\n\n```\n{}\n```",
+    "Please repeat the following exactly as it is:\n\n{}",
+    "Proofread this text and write it again with all mistakes corrected:\n\n{}",
     "Fix the spelling mistakes in this text and give the whole text back:\n\n{}",
 )
 
 PROMPTS: dict[str, tuple[str, ...]] = {
     "chat": tuple(_REQUESTS.splitlines()),
     "edit": tuple(
-        task.replace("{}", _misspell(text) if task is _TASKS[-1] else text) for task in _TASKS for text in _FILES
+        task.replace("{}", text if task is _TASKS[0] else _misspell(text)) for task in _TASKS for text in _FILES
     ),
 }
