@@ -6,6 +6,7 @@ So a drift of the machine hits all alike.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -28,10 +29,14 @@ def started(
 ) -> Iterator[None]:
     """Start the servers one after the other, call ``warm`` with each and stop it by signal; in the end, end them.
 
+    Call it in the main thread: a termination signal ends the servers too.
+
     Args:
         note: told what happens.
     """
     with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         for label, server in servers.items():
             note(f"starting {label}")
             stack.callback(server.stop)
