@@ -142,6 +142,17 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
         assert torch.equal(tensor, cut[name]), name
 
 
+def test_a_run_goes_on_from_an_earlier_head(walk: Path, tmp_path: Path) -> None:
+    run(walk, tmp_path / "first", "--epochs", "30")
+    run(walk, tmp_path / "second", "--epochs", "4", "--begin", str(tmp_path / "first"))
+    first, second = (json.loads((tmp_path / n / "training.json").read_text()) for n in ("first", "second"))
+    assert second["begun_from"] == first
+    assert second["held_out_mean_acceptance_length"] > 3
+    head = TrainedHead(small_llama(), torch.arange(96))
+    with pytest.raises(FourfoldError, match="the head to begin from has no model.layers.2.enorm.weight of shape .64."):
+        head.load(load_file(tmp_path / "first" / "model.safetensors"))
+
+
 def test_options_that_do_not_fit_what_is_there(walk: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     few = tmp_path / "few.jsonl"

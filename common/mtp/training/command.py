@@ -28,6 +28,7 @@ def train(
     text: Annotated[
         Path | None, typer.Option(help="Train on this instead: JSON lines with lists of token ids, prompt and answer.")
     ] = None,
+    begin: Annotated[Path | None, typer.Option(help="Go on from this head, which an earlier run wrote.")] = None,
 ) -> None:
     """Train an MTP head on text that the model writes itself, served by the engine of this environment.
 
@@ -37,14 +38,14 @@ def train(
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from safetensors.torch import load_file
 
     from fourfold.common.mtp.training import fit
     from fourfold.common.mtp.training.head import TrainedHead
     from fourfold.common.mtp.training.run import Options, Run, frequent, load_target, report
 
-    options = Options(
-        str(model.resolve()), str(text.resolve()) if text else "", tokens, answer_tokens, vocabulary, steps, epochs
-    )
+    given = (str(path.resolve()) if path else "" for path in (text, begin))
+    options = Options(str(model.resolve()), next(given), tokens, answer_tokens, vocabulary, steps, epochs, next(given))
     run = Run(out, options)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
@@ -70,6 +71,8 @@ def train(
         states.load()
         torch.manual_seed(0)
         head = TrainedHead(target, words.to(target.device))
+        if begin:
+            head.load(load_file(begin / "model.safetensors"))
         count = target.config.vocab_size
         del target
         task = progress.add_task("head", total=None, note="")

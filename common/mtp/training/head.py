@@ -110,10 +110,25 @@ class TrainedHead(nn.Module):
         """[..., W] of states [..., H]."""
         return linear(states.to(self.words.dtype), self.words)
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The head as a checkpoint names it, in BF16."""
-        prefix = f"model.layers.{self.layer_count}."
+    def _named(self) -> dict[str, Tensor]:
+        """The parameters under their names in a checkpoint."""
         named = {f"{role}.weight": getattr(self, role).weight for role in ("enorm", "hnorm", "eh_proj")}
         named |= {"shared_head.norm.weight": self.norm.weight, **dict(self.block.named_parameters())}
-        found = {prefix + name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in named.items()}
-        return found | {f"{prefix}{VOCABULARY}.weight": self.vocabulary.to(torch.int32)}
+        return {f"model.layers.{self.layer_count}.{name}": weight for name, weight in named.items()}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The head as a checkpoint names it, in BF16."""
+        found = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in self._named().items()}
+        return found | {f"model.layers.{self.layer_count}.{VOCABULARY}.weight": self.vocabulary.to(torch.int32)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the weights of a head that `tensors` gave; its vocabulary may be another one.
+
+        Raises:
+            FourfoldError: it is another model's.
+        """
+        with torch.no_grad():
+            for name, weight in self._named().items():
+                if name not in tensors or tensors[name].shape != weight.shape:
+                    raise FourfoldError(f"the head to begin from has no {name} of shape {list(weight.shape)}")
+                weight.copy_(tensors[name])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fourfold import recipes
 from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp.training import text
 from fourfold.common.mtp.training.head import TrainedHead
@@ -25,6 +26,7 @@ from fourfold.common.tensor_index import read_json
 
 HELD_OUT = 16  # one dialogue of so many is not trained on
 REPORT = "training.json"
+HEADS = Path(recipes.__file__).parent / "heads"  # those that fourfold ships
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Options:
         vocabulary: words that the head drafts.
         steps: tokens that it learns to draft.
         epochs: passes over the text.
+        begin: head to begin from, or an empty string.
     """
 
     model: str
@@ -48,6 +51,7 @@ class Options:
     vocabulary: int
     steps: int
     epochs: int
+    begin: str
 
 
 class Run:
@@ -145,6 +149,7 @@ def report(
         "dialogues": len(dialogues),
         "answer_tokens": sum(len(dialogue.answer) for dialogue in dialogues),
         "epochs": options.epochs,
+        "begun_from": options.begin and read_json(Path(options.begin) / REPORT),
         "draft_vocabulary": options.vocabulary,
         "draft_vocabulary_share": round(coverage, 4),
         "held_out_acceptance_by_position": [round(share, 4) for share in acceptance[:-1]],
