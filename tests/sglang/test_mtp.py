@@ -1,13 +1,17 @@
-"""MTP heads through SGLang's EAGLE worker on a CPU: acceptance is exact on the oracle, the text is always the target's.
+"""MTP heads in SGLang on a CPU: acceptance is exact on the oracle, the text is always the target's.
 
-Three servers start at once: an oracle whose head is exchanged while it serves, an oracle with an NVFP4 head, and two
-layers of a real model, whose attention has to be right over several verified tokens.
+Four servers start at once: an oracle whose head is exchanged while it serves, an oracle with an NVFP4 head, two layers
+of a real model, whose attention has to be right over several verified tokens, and an oracle on two ranks. The first and
+the third draft with ``FOURFOLD_MTP`` from text and head, the second with the head alone, the last is ``EAGLE``.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,14 +24,18 @@ from safetensors.torch import load_file, save_file
 
 from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp.extract import extract
+from fourfold.common.mtp.hybrid import SOURCES, HybridDrafts, SourceTotals
 from fourfold.common.quant.checkpoint.convert import Options, convert
-from fourfold.common.serving import EngineServer
+from fourfold.common.serving import EngineServer, free_port
+from fourfold.common.settings import HybridSettings
 
-K, TOKENS, SCALE = 3, 48, 0.4
+K, WIDTH, TOKENS, SCALE = 3, 6, 48, 0.4  # K tokens drafted by the head, WIDTH verified
 HEADS = {"right": frozenset(), "swapped": frozenset(range(oracle.SIZE)), "bad": oracle.BAD, "embedding": frozenset()}
-FLAGS = ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(K)]
-FLAGS += ["--speculative-num-draft-tokens", str(K + 1), "--speculative-eagle-topk", "1"]
-SIZES = ["--context-length", "256", "--max-total-tokens", "4096", "--sleep-on-idle"]
+FLAGS = ["--speculative-algorithm", "FOURFOLD_MTP", "--speculative-num-steps"]
+EAGLE = ["--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens"]
+EAGLE += [str(K + 1), "--speculative-num-steps"]
+HEAD_ALONE = json.dumps({"mtp": {"hybrid": {"enabled": False}}})
+SIZES = ["--context-length", "512", "--max-total-tokens", "4096", "--sleep-on-idle"]
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +76,21 @@ def servers(
     echo = write_echo(cut, path / "echo")
     quantised = ["--speculative-draft-model-quantization", "fourfold_nvfp4"]
     plans = {
-        "oracle": (models["right"].parent / "target", models["right"], []),
-        "nvfp4": (target, path / "nvfp4", quantised),
-        "echo": (echo, echo, ["--dtype", "float32"]),
+        "oracle": (models["right"].parent / "target", models["right"], [*FLAGS, str(WIDTH), "--enable-metrics"]),
+        "nvfp4": (target, path / "nvfp4", [*FLAGS, str(K), *quantised]),
+        "echo": (echo, echo, [*FLAGS, str(WIDTH), "--dtype", "float32"]),
+        "ranks": (target, whole, [*EAGLE, str(K), "--tp-size", "2"]),
     }
+    environments = {"nvfp4": {"FOURFOLD_CONFIG": HEAD_ALONE}, "ranks": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
     running = {}
     for name, (model, with_head, more) in plans.items():
         draft = path / f"{name}-draft"
         extract(with_head, draft, "sglang")
-        arguments = [*FLAGS, "--speculative-draft-model-path", str(draft), *SIZES, *more]
-        running[name] = EngineServer("sglang", str(model), path / f"{name}.log", arguments, {"OMP_NUM_THREADS": "1"})
+        arguments = [*more, "--speculative-draft-model-path", str(draft), *SIZES]
+        env = {"OMP_NUM_THREADS": "1"} | environments.get(name, {})
+        # Not of the range from which the servers beside it take ports for themselves.
+        port = free_port(21700 + len(running))
+        running[name] = EngineServer("sglang", str(model), path / f"{name}.log", arguments, env, port)
     try:
         for server in running.values():
             server.start()
@@ -94,10 +107,10 @@ def generate(server: EngineServer, prompts: list[list[int]], tokens: int = TOKEN
     return server.post("/generate", {"input_ids": prompts, "sampling_params": parameters})  # type: ignore[return-value]
 
 
-def accepted(answer: Any) -> tuple[int, list[int]]:
+def accepted(answer: Any, positions: int = K) -> tuple[int, list[int]]:
     """What `oracle.expected_drafts` returns, as SGLang counted it: (steps, accepted by position)."""
     steps = answer["meta_info"]["spec_correct_drafts_histogram"]
-    return answer["meta_info"]["spec_verify_ct"], [sum(steps[i + 1 :]) for i in range(K)]
+    return answer["meta_info"]["spec_verify_ct"], [sum(steps[i + 1 :]) for i in range(positions)]
 
 
 def check_oracle(server: EngineServer, wrong: frozenset[int]) -> None:
@@ -127,6 +140,99 @@ def test_each_head_is_accepted_exactly_where_it_is_right(
 ) -> None:
     exchange(servers["oracle"], models[kind])
     check_oracle(servers["oracle"], HEADS[kind])
+
+
+def counted(server: EngineServer) -> dict[str, SourceTotals]:
+    """The counts by source of ``/metrics``."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    found = {source: SourceTotals(accepted_by_position=[0] * WIDTH) for source in SOURCES}
+    for line in lines:
+        if match := re.fullmatch(r'fourfold:spec_(\w+)_total\{(?:position="(\d+)",)?source="(\w+)"\} (\S+)', line):
+            name, position, source, value = match[1], match[2], match[3], int(float(match[4]))
+            if name == "accepted_tokens":
+                found[source].accepted_by_position[int(position)] = value
+                found[source].accepted += value
+            else:
+                setattr(found[source], {"drafts": "drafts", "draft_tokens": "drafted"}[name], value)
+    return found
+
+
+def difference(after: SourceTotals, before: SourceTotals) -> tuple[int, int, list[int]]:
+    pairs = zip(after.accepted_by_position, before.accepted_by_position, strict=True)
+    return after.drafts - before.drafts, after.drafted - before.drafted, [a - b for a, b in pairs]
+
+
+def repetitive(start: int, length: int = 40, again: int = 6) -> list[int]:
+    """A prompt of the model's own text that begins anew at its end."""
+    text = oracle.prompt(start, length)
+    return text + text[:again]
+
+
+def expected_hybrid(drafts: HybridDrafts, prompt: list[int], wrong: frozenset[int]) -> tuple[int, list[int]]:
+    """What SGLang has to count for one answer, with both sources of drafts; ``drafts`` counts them."""
+    text, end = [*prompt, *oracle.continuation(prompt[-1], 1)], len(prompt) + TOKENS
+    steps, by_position = 0, [0] * WIDTH
+    while len(text) < end:
+        right = oracle.continuation(text[-1], WIDTH + 1)
+        drafts.observe("request", text)
+        draft = drafts.propose("request", WIDTH)
+        good = 0
+        if draft:
+            while good < len(draft) and draft[good] == right[good]:
+                good += 1
+        else:
+            while good < K and (text + right)[len(text) + good - 3] not in wrong:
+                good += 1
+        drafts.verified("request", len(draft) or K, good)
+        steps, text = steps + 1, text + right[: good + 1]
+        for position in range(good):
+            by_position[position] += 1
+    drafts.retain([])
+    return steps, by_position
+
+
+@pytest.mark.parametrize("kind", ["right", "swapped", "bad"])
+def test_text_and_head_draft_together(servers: dict[str, EngineServer], models: dict[str, Path], kind: str) -> None:
+    """A request that repeats its text, then it among others that do and do not."""
+    server = servers["oracle"]
+    exchange(server, models[kind])
+    before = counted(server)
+    prompts = [repetitive(3), repetitive(17), oracle.prompt(40, 5), repetitive(99, 20, 4), oracle.prompt(5, 60)]
+    drafts = HybridDrafts(HybridSettings())
+    for prompt, answer in zip(prompts, generate(server, prompts[:1]) + generate(server, prompts[1:]), strict=True):
+        assert answer["output_ids"] == oracle.continuation(prompt[-1], TOKENS)
+        assert accepted(answer, WIDTH) == expected_hybrid(drafts, prompt, HEADS[kind])
+    after, expected = counted(server), drafts.totals()
+    for source in SOURCES:
+        totals = expected[source]
+        places = totals.accepted_by_position + [0] * (WIDTH - len(totals.accepted_by_position))
+        assert difference(after[source], before[source]) == (totals.drafts, totals.drafted, places)
+    # What the text gives does not depend on the head here.
+    assert (expected["suffix"].drafts, expected["suffix"].drafted, expected["suffix"].accepted) == (13, 77, 71)
+    assert (expected["mtp"].accepted == 0) == (kind == "swapped")
+
+
+def test_two_ranks(servers: dict[str, EngineServer]) -> None:
+    check_oracle(servers["ranks"], frozenset())
+
+
+@pytest.mark.parametrize(("kind", "status"), [("right", 0), ("swapped", 1)])
+def test_a_probe_tells_a_wrong_head(
+    servers: dict[str, EngineServer], models: dict[str, Path], kind: str, status: int
+) -> None:
+    exchange(servers["oracle"], models[kind])
+    before = counted(servers["oracle"])
+    done = engine_checks.probe(servers["oracle"], "--prompts", "8")
+    after = counted(servers["oracle"])
+    print(done.stdout)
+    assert done.returncode == status, done.stdout + done.stderr
+    drafts, drafted, by_position = difference(after["mtp"], before["mtp"])
+    assert f"source mtp: {drafts} drafts, {drafted} tokens, {sum(by_position)} accepted" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(
+        "FAIL acceptance collapsed: mean acceptance length 1.0" if status else "ok   mean acceptance"
+    )
 
 
 def test_nvfp4_head(servers: dict[str, EngineServer]) -> None:
@@ -162,6 +268,34 @@ def test_sampling_keeps_the_distribution(
         assert abs(hits / count - p) < 5 * (p * (1 - p) / count) ** 0.5
 
 
+def test_logprobs(servers: dict[str, EngineServer], models: dict[str, Path]) -> None:
+    exchange(servers["oracle"], models["bad"])
+    prompt = repetitive(3)
+    body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}}
+    answer: Any = servers["oracle"].post("/generate", body | {"return_logprob": True, "top_logprobs_num": 2})
+    found = answer["meta_info"]["output_token_logprobs"]
+    assert [token for _, token, _ in found] == oracle.continuation(prompt[-1], TOKENS) == answer["output_ids"]
+    assert accepted(answer, WIDTH) == expected_hybrid(HybridDrafts(HybridSettings()), prompt, HEADS["bad"])
+    likely = math.log(oracle.probability(SCALE))
+    rest = math.log((1 - oracle.probability(SCALE)) / (oracle.SIZE - 1))
+    for (value, token, _), top in zip(found, answer["meta_info"]["output_top_logprobs"], strict=True):
+        assert value == pytest.approx(likely, abs=0.02) and top[0][:2] == [value, token]
+        assert top[1][0] == pytest.approx(rest, abs=0.05)
+
+
+def test_abandoned_stream_leaves_the_rest_alone(servers: dict[str, EngineServer], models: dict[str, Path]) -> None:
+    exchange(servers["oracle"], models["right"])
+    server = servers["oracle"]
+    parameters = {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}
+    body = {"input_ids": repetitive(3), "sampling_params": parameters, "stream": True}
+    header = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{server.url}/generate", json.dumps(body).encode(), header)
+    ) as s:
+        assert s.readline().startswith(b"data: ")
+    check_oracle(server, HEADS["right"])
+
+
 def test_real_attention_gives_the_text_of_pytorch(servers: dict[str, EngineServer], cut: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -180,7 +314,7 @@ def test_real_attention_gives_the_text_of_pytorch(servers: dict[str, EngineServe
 
 
 def test_platform_refuses_trees(cut: Path, tmp_path: Path) -> None:
-    flags = [*FLAGS[:-1], "2", "--speculative-draft-model-path", str(cut)]
+    flags = [*FLAGS, str(K), "--speculative-eagle-topk", "2", "--speculative-draft-model-path", str(cut)]
     server = EngineServer("sglang", str(cut), tmp_path / "log", flags)
     with pytest.raises(FourfoldError, match="sglang ended with status"), server:
         pass
