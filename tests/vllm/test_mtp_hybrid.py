@@ -30,6 +30,7 @@ COPY = ORDER[:40] + ORDER[:10]  # goes on as before for 30 tokens
 CYCLE = ORDER + ORDER[:4]  # goes on as before for ever
 NEW = prompt(ORDER[60], 8)
 EDIT = ORDER[:12] + ORDER[100:110] + ORDER[:10]  # goes on as before for 2 tokens
+FALSE = ORDER[:11] + ORDER[100:110] + ORDER[:10]  # its first draft is wrong at once
 SCALE = 0.4  # of the output head: the following token has probability 0.70
 
 
@@ -79,6 +80,8 @@ CASES = {
     "padded batches off": Case("bad", BAD, [COPY, NEW, EDIT]),
     "short drafts": Case("right", (), [CYCLE, NEW], {"min_match": 2, "max_draft": 4, "draft_per_match": 0.5}),
     "long matches only": Case("right", (), [COPY, CYCLE], {"min_match": 30}),
+    # The head looks back at a position that it read in a step without drafting.
+    "a false match": Case(texts=[FALSE]),
     "read in chunks": Case("right", (), [COPY, CYCLE, NEW], {}, {"max_num_batched_tokens": 48}),
 }
 CROWD = [ORDER[30 * i : 30 * i + 60] + ORDER[30 * i : 30 * i + 30] for i in range(6)]
