@@ -102,7 +102,7 @@ class Plan:
         name = configuration.name
         if name == NONE:
             return args
-        speculative: dict[str, Any] = {"method": "mtp", "model": str(self.draft)}
+        speculative: dict[str, Any] = {"method": "mtp", "model": str(self.draft), "use_local_argmax_reduction": True}
         if configuration.weights == "nvfp4":  # a draft directory does not inherit the target's
             speculative["quantization"] = METHOD
         if name == HYBRID:

@@ -70,7 +70,7 @@ def test_flags_of_each_configuration() -> None:
     for weights, target, head in (("bf16", False, False), ("nvfp4", True, True), (MIXED, True, False)):
         configuration = Configuration(weights, fixed(3))
         assert ("--quantization" in PLAN.arguments(configuration)) == target
-        expected = {"method": "mtp", "model": "draft", "num_speculative_tokens": 3}
+        expected = {"method": "mtp", "model": "draft", "num_speculative_tokens": 3, "use_local_argmax_reduction": True}
         assert speculative(configuration) == expected | ({"quantization": METHOD} if head else {})
     adaptive = Configuration("bf16", ADAPTIVE)
     assert speculative(adaptive)["num_speculative_tokens_per_batch_size"] == [[1, 8, 3]]

@@ -32,6 +32,10 @@ class TrainedHead(nn.Module):
         FourfoldError: the model has no such layers.
     """
 
+    vocabulary: Tensor
+    embedding: Tensor
+    words: Tensor
+
     def __init__(self, target: Any, vocabulary: Tensor) -> None:
         super().__init__()
         inner = target.model
