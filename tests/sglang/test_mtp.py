@@ -13,6 +13,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def servers(
     plans = {
         "oracle": (models["right"].parent / "target", models["right"], [*FLAGS, str(WIDTH), "--enable-metrics"]),
         "nvfp4": (target, path / "nvfp4", [*FLAGS, str(K), *quantised]),
-        "echo": (echo, echo, [*FLAGS, str(WIDTH), "--dtype", "float32"]),
+        "echo": (echo, echo, [*FLAGS, str(WIDTH), "--dtype", "float32", "--constrained-json-disable-any-whitespace"]),
         "ranks": (target, whole, [*EAGLE, str(K), "--tp-size", "2"]),
     }
     environments = {"nvfp4": {"FOURFOLD_CONFIG": HEAD_ALONE}, "ranks": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
@@ -268,6 +269,23 @@ def test_sampling_keeps_the_distribution(
         assert abs(hits / count - p) < 5 * (p * (1 - p) / count) ** 0.5
 
 
+def test_sampling_keeps_the_distribution_with_drafts_from_the_text(
+    servers: dict[str, EngineServer], models: dict[str, Path]
+) -> None:
+    """Each prompt has the whole cycle, so that every draft from it is what most likely follows."""
+    exchange(servers["oracle"], models["swapped"])
+    before = counted(servers["oracle"])["suffix"]
+    prompts = [oracle.prompt(start, oracle.SIZE + 4) for start in range(40)]
+    answers = generate(servers["oracle"], prompts, temperature=1)
+    pairs = [pair for p, a in zip(prompts, answers, strict=True) for pair in pairwise([p[-1], *a["output_ids"]])]
+    followed = sum(oracle.PERMUTATION[first] == second for first, second in pairs)
+    drafts, _, by_position = difference(counted(servers["oracle"])["suffix"], before)
+    p = oracle.probability(SCALE)
+    print(followed / len(pairs), by_position, drafts, p)
+    for hits, count in ((followed, len(pairs)), (by_position[0], drafts)):
+        assert count > 60 and abs(hits / count - p) < 5 * (p * (1 - p) / count) ** 0.5
+
+
 def test_logprobs(servers: dict[str, EngineServer], models: dict[str, Path]) -> None:
     exchange(servers["oracle"], models["bad"])
     prompt = repetitive(3)
@@ -281,6 +299,29 @@ def test_logprobs(servers: dict[str, EngineServer], models: dict[str, Path]) -> 
     for (value, token, _), top in zip(found, answer["meta_info"]["output_top_logprobs"], strict=True):
         assert value == pytest.approx(likely, abs=0.02) and top[0][:2] == [value, token]
         assert top[1][0] == pytest.approx(rest, abs=0.05)
+
+
+def test_grammar_decides_over_drafts(servers: dict[str, EngineServer], models: dict[str, Path]) -> None:
+    """Every fifth token is forced to another than the model's own, in a text that repeats itself."""
+    exchange(servers["oracle"], models["right"])
+    text = [7]
+    for i in range(20):
+        text.append((oracle.PERMUTATION[text[-1]] + (i % 5 == 4)) % oracle.SIZE)
+    forced = text[1:] * 2
+    regex = "".join(map(oracle.character, forced)) + f"[{oracle.character(0)}-{oracle.character(255)}]*"
+    answer = generate(servers["oracle"], [oracle.prompt(7)], len(forced), regex=regex)[0]
+    assert answer["output_ids"] == forced
+    assert answer["meta_info"]["spec_verify_ct"] < len(forced)
+
+
+def test_json_of_a_schema(servers: dict[str, EngineServer]) -> None:
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"enum": [1, 2, 3]}}}
+    schema |= {"required": ["name", "n"], "additionalProperties": False}
+    body = {"text": "The capital of France", "sampling_params": {"temperature": 0, "json_schema": json.dumps(schema)}}
+    body["sampling_params"]["max_new_tokens"] = 64
+    answer: Any = servers["echo"].post("/generate", body)
+    print(answer["text"], answer["meta_info"]["spec_correct_drafts_histogram"])
+    assert set(json.loads(answer["text"])) == {"name", "n"}
 
 
 def test_abandoned_stream_leaves_the_rest_alone(servers: dict[str, EngineServer], models: dict[str, Path]) -> None:
