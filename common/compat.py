@@ -41,7 +41,7 @@ _ATTENTION = ("q", "k", "v", "layer", "forward_batch")
 _EAGLE_CPU = "SGLang speculates on out-of-tree platforms without Triton"
 _ALGORITHM = "SGLang's class for registered algorithms has it"
 _RUNNER = "v1.worker.gpu_model_runner:GPUModelRunner"
-_DRAFTER = "SGLang lets a registered algorithm choose its draft worker"
+_DRAFT_WORKER = "SGLang lets a registered algorithm choose its draft worker"
 _SCHEDULER = "vLLM lets a plugin choose the draft length"
 _RANKS = "vLLM's dynamic speculation works under data parallelism"
 _DRAFTER = "vLLM lets a plugin draft beside an MTP head"
@@ -303,31 +303,37 @@ SEAMS: tuple[Seam, ...] = (
     _sglang("speculative.spec_info:SpeculativeAlgorithm.need_topk", "EAGLE's answer", (), _ALGORITHM),
     _sglang("speculative.spec_registry:CustomSpecAlgo.handle_server_args", "defaults and refusals", ("server_args",)),
     _sglang("speculative.spec_registry:get_spec", "whether it is registered already", ("name",)),
-    _sglang("speculative.eagle_worker_v2:EAGLEWorkerV2._draft_worker", "drafts from the text too", until=_DRAFTER),
-    _sglang("speculative.eagle_worker_v2:EAGLEWorkerV2.verify", "reads what was verified", ("batch",), _DRAFTER),
+    _sglang("speculative.eagle_worker_v2:EAGLEWorkerV2._draft_worker", "drafts from the text too", until=_DRAFT_WORKER),
+    _sglang("speculative.eagle_worker_v2:EAGLEWorkerV2.verify", "reads what was verified", ("batch",), _DRAFT_WORKER),
     _sglang(
         "speculative.eagle_worker_v2:EAGLEWorkerV2.on_verify_complete_cpu",
         "counts by source",
         ("num_correct_drafts_per_req", "batch_size"),
     ),
-    _sglang("speculative.eagle_worker_v2:EagleDraftWorker.draft", "places suffix drafts", ("batch",), _DRAFTER),
+    _sglang("speculative.eagle_worker_v2:EagleDraftWorker.draft", "places suffix drafts", ("batch",), _DRAFT_WORKER),
     _sglang(
         "speculative.eagle_worker_v2:EagleDraftWorker.draft_forward",
         "drafts fewer tokens than are verified",
         ("forward_batch",),
-        _DRAFTER,
+        _DRAFT_WORKER,
     ),
-    _sglang("speculative.eagle_worker_v2:EagleDraftWorker.cuda_graph_runner", "left out with the head", until=_DRAFTER),
-    _sglang("speculative.eagle_worker_v2:EagleDraftWorker.speculative_num_steps", "the same", until=_DRAFTER),
-    _sglang("speculative.eagle_worker_v2:EagleDraftWorker.speculative_num_draft_tokens", "the same", until=_DRAFTER),
-    _sglang("speculative.eagle_info:EagleVerifyInput.draft_token", "places suffix drafts", until=_DRAFTER),
+    _sglang(
+        "speculative.eagle_worker_v2:EagleDraftWorker.cuda_graph_runner", "left out with the head", until=_DRAFT_WORKER
+    ),
+    _sglang("speculative.eagle_worker_v2:EagleDraftWorker.speculative_num_steps", "the same", until=_DRAFT_WORKER),
+    _sglang(
+        "speculative.eagle_worker_v2:EagleDraftWorker.speculative_num_draft_tokens", "the same", until=_DRAFT_WORKER
+    ),
+    _sglang("speculative.eagle_info:EagleVerifyInput.draft_token", "places suffix drafts", until=_DRAFT_WORKER),
     _sglang("speculative.eagle_info:EagleDraftInput.bonus_tokens", "the last verified token"),
     _sglang("speculative.eagle_info:EagleDraftInput.topk_index", "the head's first draft"),
     _sglang("managers.schedule_batch:ScheduleBatch.reqs", "the rows to draft for"),
     _sglang("managers.schedule_batch:ScheduleBatch.seq_lens", "where each text ends"),
     _sglang("managers.schedule_batch:ScheduleBatch.model_config", "which numbers are tokens"),
-    _sglang("model_executor.forward_batch_info:ForwardBatch.out_cache_loc", "fewer steps of the head", until=_DRAFTER),
-    _sglang("model_executor.forward_batch_info:ForwardBatch.positions", "fewer steps of the head", until=_DRAFTER),
+    _sglang(
+        "model_executor.forward_batch_info:ForwardBatch.out_cache_loc", "fewer steps of the head", until=_DRAFT_WORKER
+    ),
+    _sglang("model_executor.forward_batch_info:ForwardBatch.positions", "fewer steps of the head", until=_DRAFT_WORKER),
     _sglang("managers.schedule_batch:Req.origin_input_ids", "the text"),
     _sglang("managers.schedule_batch:Req.output_ids", "the text"),
     _sglang("managers.schedule_batch:Req.rid", "whose text"),

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mtp_models import write_random
 from oracle import BAD, ORDER, SIZE, chi_square, continuation, expected_drafts, probability, prompt, write_oracle
+from safetensors.torch import load_file, save_file
 
 from fourfold.common.mtp.extract import extract
 from fourfold.common.quant.checkpoint.convert import Options, convert
 
 K = 3
+VOCABULARY = "model.layers.2.shared_head.vocabulary.weight"
 TEXTS = [prompt(ORDER[20 * i]) for i in range(4)]
 ONE_TOKEN = [[ORDER[0]], TEXTS[1]]
 TOKENS = 30
@@ -40,6 +43,7 @@ class Head:
         wrong, depth: as `expected_drafts` takes them.
         quantization: of the draft, as the user asks for it.
         stored: quantise the checkpoint first, in this format.
+        undrafted: words that are not in the head's draft vocabulary.
         texts: prompts.
         options: of the engine.
     """
@@ -51,6 +55,7 @@ class Head:
     depth: int | None = None
     quantization: str | None = None
     stored: str | None = None
+    undrafted: frozenset[int] = frozenset()
     texts: list[list[int]] = field(default_factory=lambda: TEXTS)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -71,6 +76,8 @@ class Head:
 
 
 NVFP4 = "fourfold_nvfp4"
+UNDRAFTED = frozenset(ORDER[::7])
+BEFORE_UNDRAFTED = frozenset(token for token in ORDER if continuation(token, 3)[-1] in UNDRAFTED)
 HEADS = {
     "right": Head(("right",)),
     "hidden state and embedding exchanged": Head(("swapped",), wrong=EVERY),
@@ -88,6 +95,14 @@ HEADS = {
     "quantised while loading": Head(("right",), quantization=NVFP4),
     "NVFP4 checkpoint of ModelOpt layout": Head(("right",), quantization=NVFP4, stored="modelopt"),
     "NVFP4 checkpoint that names fourfold": Head(("right",), stored="fourfold"),
+    "draft vocabulary": Head(("right",), undrafted=UNDRAFTED, wrong=BEFORE_UNDRAFTED),
+    "draft vocabulary, without logits": Head(
+        ("right",),
+        undrafted=UNDRAFTED,
+        wrong=BEFORE_UNDRAFTED,
+        options={"use_local_argmax_reduction": True},
+    ),
+    "no draft vocabulary, without logits": Head(("right",), options={"use_local_argmax_reduction": True}),
     "quantised target": Head(("right",), options={"quantization": NVFP4}),
 }
 
@@ -95,6 +110,10 @@ HEADS = {
 def serve(head: Head, where: Path, requests: list[dict[str, Any]], scale: float = 1.0) -> dict[str, Any]:
     """The case of a head."""
     target, model = write_oracle(where, head.family, head.kinds, scale)
+    if head.undrafted:
+        words = torch.tensor([word for word in range(SIZE) if word not in head.undrafted], dtype=torch.int32)
+        tensors = load_file(model / "model.safetensors") | {VOCABULARY: words}
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
     if head.stored:
         convert(model, where / "stored", Options(format=head.stored))
         model = where / "stored"
@@ -105,7 +124,8 @@ def serve(head: Head, where: Path, requests: list[dict[str, Any]], scale: float 
         (where / "draft" / "config.json").write_text(json.dumps(config))
     options = dict(head.options)
     speculative = {"method": "mtp", "model": str(where / "draft"), "num_speculative_tokens": K}
-    speculative |= {key: options.pop(key) for key in list(options) if key.startswith("num_speculative")}
+    own = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size", "use_local_argmax_reduction")
+    speculative |= {key: options.pop(key) for key in own if key in options}
     speculative |= {"quantization": head.quantization} if head.quantization else {}
     return {"model": str(target), "options": {**options, "speculative_config": speculative}, "requests": requests}
 
