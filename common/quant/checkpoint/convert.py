@@ -202,7 +202,10 @@ def _statistics(work: _Work, part: Path, report: Report, note: Note) -> Importan
         )
     missing = [name for name in quantised if name not in found.mean_square]
     if missing and len(missing) == len(quantised):
-        raise FourfoldError(f"the statistics have no layer of this model ({missing[0]} and all others are missing)")
+        raise FourfoldError(
+            f"the statistics have no layer of this model ({missing[0]} and all others are missing); an MTP head alone "
+            "has none: --importance none"
+        )
     if options.scheme is Scheme.W4A4 and any(name not in found.amax for name in quantised):
         lost = next(name for name in quantised if name not in found.amax)
         raise FourfoldError(f"the statistics have no amax of {lost}, which w4a4 needs; collect them again")
