@@ -201,7 +201,10 @@ def _check(option: str, given: Sequence[Any], allowed: Sequence[Any]) -> None:
 def mtp(
     model: Annotated[str, typer.Argument(help="Model directory or 'smollm2'.")] = "smollm2",
     head: Annotated[
-        Path | None, typer.Option(help="Model with an MTP head, or its draft directory. Default: the model's own.")
+        Path | None,
+        typer.Option(
+            help="Model with an MTP head, or its draft directory. Default: the model's own; for smollm2 ours."
+        ),
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(help="Requests in flight; repeatable. Default 1, 4, 16, 32.")
@@ -228,7 +231,7 @@ def mtp(
     from rich.console import Console
 
     from fourfold.common.bench import machine
-    from fourfold.common.demo.model import resolve
+    from fourfold.common.demo.model import SMOLLM2_HEAD, resolve
 
     kinds, given = prompts or list(PROMPTS), weights or list(WEIGHTS)
     _check("--prompts", kinds, list(PROMPTS))
@@ -246,10 +249,12 @@ def mtp(
     if name != "vllm":
         raise FourfoldError("bench mtp measures vLLM, and this is SGLang's environment; run it in vLLM's")
     path = resolve(model)
+    if head is None:
+        head = SMOLLM2_HEAD if model == "smollm2" else path
     folder = logs or Path(tempfile.mkdtemp(prefix="fourfold-bench-"))
     console, turns = Console(stderr=True), []
     with tempfile.TemporaryDirectory(prefix="fourfold-draft-") as scratch, console.status("starting") as status:
-        draft = draft_directory(head or path, Path(scratch))
+        draft = draft_directory(head, Path(scratch))
         plan = Plan(path, draft, batches, kinds, lengths, (text_tokens, head_tokens), tokens, rounds, requests, eager)
         for i, group in enumerate(groups(chosen, alive)):
             servers = {
@@ -261,7 +266,7 @@ def mtp(
     derived = derive(table)
     if as_json:
         result: dict[str, Any] = {"machine": machine.describe(), "engine": [name, version], "model": model}
-        result |= {"head": str(head or model), "tokens": tokens, "rounds": rounds}
+        result |= {"head": str(head), "tokens": tokens, "rounds": rounds}
         result |= {"rows": [asdict(row) for row in table], "derived": [asdict(item) for item in derived]}
         typer.echo(json.dumps(result, indent=1))
         return

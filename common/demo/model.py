@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fourfold import recipes
 from fourfold.common.errors import FourfoldError
 from fourfold.common.settings import cache_dir
 
@@ -33,6 +34,7 @@ LLAMA_1B: dict[str, Any] = {
     "kv_heads": 4,
     "vocabulary": 49152,
 }
+SMOLLM2_HEAD = Path(recipes.__file__).parent / "heads" / "smollm2-135m-instruct"  # by ``fourfold mtp train``
 _FOLDERS = {"smollm2": "smollm2-135m-instruct", "minilm": "all-minilm-l6-v2", "1b": "synthetic-llama-1b"}
 
 

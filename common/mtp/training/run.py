@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from fourfold import recipes
 from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp.training import text
 from fourfold.common.mtp.training.head import TrainedHead
@@ -26,7 +25,6 @@ from fourfold.common.tensor_index import read_json
 
 HELD_OUT = 16  # one dialogue of so many is not trained on
 REPORT = "training.json"
-HEADS = Path(recipes.__file__).parent / "heads"  # those that fourfold ships
 
 
 @dataclass(frozen=True)
