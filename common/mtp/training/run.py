@@ -102,13 +102,14 @@ class Run:
 
     def write(self, head: TrainedHead, report: Mapping[str, Any]) -> None:
         """Write the result and remove the folder's large files."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         config = read_json(Path(self.options.model) / "config.json") | {"num_nextn_predict_layers": 1}
         part = self.folder / "result"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        save_file({n: t.cpu() for n, t in head.tensors().items()}, part / "model.safetensors", {"format": "pt"})
+        data = save({n: t.cpu() for n, t in head.tensors().items()}, {"format": "pt"})
+        (part / "model.safetensors").write_bytes(data)  # with the permissions of a new file
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (part / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         part.rename(self.out)
