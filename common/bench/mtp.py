@@ -249,12 +249,11 @@ def mtp(
     if name != "vllm":
         raise FourfoldError("bench mtp measures vLLM, and this is SGLang's environment; run it in vLLM's")
     path = resolve(model)
-    if head is None:
-        head = SMOLLM2_HEAD if model == "smollm2" else path
+    chosen_head = head or (SMOLLM2_HEAD if model == "smollm2" else path)
     folder = logs or Path(tempfile.mkdtemp(prefix="fourfold-bench-"))
     console, turns = Console(stderr=True), []
     with tempfile.TemporaryDirectory(prefix="fourfold-draft-") as scratch, console.status("starting") as status:
-        draft = draft_directory(head, Path(scratch))
+        draft = draft_directory(chosen_head, Path(scratch))
         plan = Plan(path, draft, batches, kinds, lengths, (text_tokens, head_tokens), tokens, rounds, requests, eager)
         for i, group in enumerate(groups(chosen, alive)):
             servers = {
@@ -266,7 +265,7 @@ def mtp(
     derived = derive(table)
     if as_json:
         result: dict[str, Any] = {"machine": machine.describe(), "engine": [name, version], "model": model}
-        result |= {"head": str(head), "tokens": tokens, "rounds": rounds}
+        result |= {"head": str(chosen_head), "tokens": tokens, "rounds": rounds}
         result |= {"rows": [asdict(row) for row in table], "derived": [asdict(item) for item in derived]}
         typer.echo(json.dumps(result, indent=1))
         return
