@@ -126,6 +126,16 @@ def parse_settings(data: Any, source: str) -> Settings:
         raise FourfoldError(f"{source}: {'; '.join(problems)}") from None
 
 
+def additional_settings(additional_config: Any) -> Settings:
+    """The settings in vLLM's ``--additional-config``, whose other keys are not ours.
+
+    Raises:
+        FourfoldError: see `parse_settings`.
+    """
+    options = additional_config.get("fourfold", {}) if isinstance(additional_config, dict) else {}
+    return parse_settings(options, "--additional-config fourfold")
+
+
 @cache
 def disabled() -> bool:
     """Whether ``FOURFOLD_DISABLE`` turns fourfold off (``1`` or ``0``; latched)."""

@@ -2,7 +2,7 @@
 
 SGLang knows the verified text of a request once it has processed a step. Under its overlap scheduler that is after the
 next step was launched: then the tokens are read from the device, one synchronisation a step. A request whose text is
-not known to the last token gets no suffix draft: long prompts are read `_READ` tokens a step, so that they do not hold
+not known to the last token gets no suffix draft: long prompts are read `READ` tokens a step, so that they do not hold
 up the batch. With ``hybrid.enabled`` false nothing is read and the head drafts all.
 
 The counts by source are a log line a minute, and `metrics` with ``--enable-metrics``.
@@ -20,11 +20,10 @@ from sglang.srt.runtime_context import get_parallel
 
 from fourfold.common.log import get_logger
 from fourfold.common.mtp import metrics
-from fourfold.common.mtp.hybrid import HybridDrafts
+from fourfold.common.mtp.hybrid import READ, HybridDrafts
 from fourfold.common.settings import settings_from_env
 
 _LOG_SECONDS = 60.0
-_READ = 8192  # takes some 30 ms
 _PENDING = 8  # more steps than any scheduler launches ahead
 
 
@@ -102,7 +101,7 @@ class TextDrafts:
         self._drafts.retain(requests)
         self._read = {request: self._read.get(request, 0) for request in requests}
         drafts: dict[int, list[int]] = {}
-        lengths, last, left = batch.seq_lens.tolist(), batch.spec_info.bonus_tokens.tolist(), _READ
+        lengths, last, left = batch.seq_lens.tolist(), batch.spec_info.bonus_tokens.tolist(), READ
         for row, (request, length, token) in enumerate(zip(batch.reqs, lengths, last, strict=True)):
             text = _Text(request.origin_input_ids, request.output_ids)
             missing = length + 1 - len(text)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,20 @@ def check_between(first: list[Answer], second: list[Answer], model: Any) -> None
             gap = float((logits[one.tokens[at]] - logits[other.tokens[at]]).abs())
             assert gap < NEAR_TIE, f"token {at} of {one.prompt}: the candidates are {gap:.3f} nats apart"
     assert agreed_tokens > 16 * len(first), f"{agreed_tokens} tokens agree over {len(first)} answers"
+
+
+@contextmanager
+def running(servers: Mapping[str, EngineServer]) -> Iterator[Mapping[str, EngineServer]]:
+    """Start the servers at once and end them all."""
+    try:
+        for server in servers.values():
+            server.start()
+        for server in servers.values():
+            server.wait()
+        yield servers
+    finally:
+        for server in servers.values():
+            server.stop()
 
 
 def fourfold_lines(server: EngineServer) -> list[str]:

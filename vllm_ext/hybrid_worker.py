@@ -25,7 +25,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
 from fourfold.common.mtp import metrics
 from fourfold.common.mtp.hybrid import READ, HybridDrafts
-from fourfold.common.settings import HybridSettings, parse_settings
+from fourfold.common.settings import HybridSettings, additional_settings
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker
@@ -93,9 +93,7 @@ class HybridWorker(Worker):
     """The platform's worker with `HybridDrafting`."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        extra = vllm_config.additional_config
-        options = extra.get("fourfold", {}) if isinstance(extra, dict) else {}
-        self._settings = parse_settings(options, "--additional-config fourfold").mtp.hybrid
+        self._settings = additional_settings(vllm_config.additional_config).mtp.hybrid
         _check(vllm_config, self._settings)
         super().__init__(vllm_config, *args, **kwargs)
         self.hybrid: HybridDrafting | None = None

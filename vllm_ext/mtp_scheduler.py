@@ -32,7 +32,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
 from fourfold.common.mtp.agreement import Agreement
 from fourfold.common.mtp.draft_length import DraftLength, Policy
-from fourfold.common.settings import MtpSettings, parse_settings
+from fourfold.common.settings import additional_settings
 
 WORKER = "fourfold.vllm_ext.adaptive_worker.AdaptiveWorker"
 
@@ -57,7 +57,7 @@ class AdaptiveScheduler(AsyncScheduler):
         self._updated = 0.0
         self._verified: list[tuple[int, int]] = []
         ranks = self.parallel_config.data_parallel_size
-        allowed = _settings(self.vllm_config).adaptive_data_parallel
+        allowed = additional_settings(self.vllm_config.additional_config).mtp.adaptive_data_parallel
         if allowed:
             check_ranks(self.vllm_config)
         if ranks > 1 and allowed:
@@ -127,11 +127,6 @@ def _is_steady(output: SchedulerOutput) -> bool:
         len(tokens.get(request, ())) == drafted and count == drafted + 1
         for request, count in output.num_scheduled_tokens.items()
     )
-
-
-def _settings(vllm_config: Any) -> MtpSettings:
-    extra = vllm_config.additional_config
-    return parse_settings(extra.get("fourfold", {}) if isinstance(extra, dict) else {}, "--additional-config").mtp
 
 
 def check_ranks(vllm_config: Any) -> None:

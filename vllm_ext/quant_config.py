@@ -62,12 +62,10 @@ class FourfoldNvfp4Config(QuantizationConfig):
             from vllm.config import get_current_vllm_config
 
             from fourfold.common.quant.plan import plan_for
-            from fourfold.common.settings import parse_settings
+            from fourfold.common.settings import additional_settings
 
             vllm_config = get_current_vllm_config()
-            extra: Any = vllm_config.additional_config
-            options = extra.get("fourfold", {}) if isinstance(extra, dict) else {}
-            settings = parse_settings(options, "--additional-config fourfold").quant
+            settings = additional_settings(vllm_config.additional_config).quant
             rename = self.mapper.apply_list if self.mapper is not None else None
             self._plan = plan_for(
                 vllm_config.model_config.model, self.config, settings, self.packed_modules_mapping, rename

@@ -92,15 +92,8 @@ def servers(
         # Not of the range from which the servers beside it take ports for themselves.
         port = free_port(21700 + len(running))
         running[name] = EngineServer("sglang", str(model), path / f"{name}.log", arguments, env, port)
-    try:
-        for server in running.values():
-            server.start()
-        for server in running.values():
-            server.wait()
+    with engine_checks.running(running):
         yield running
-    finally:
-        for server in running.values():
-            server.stop()
 
 
 def generate(server: EngineServer, prompts: list[list[int]], tokens: int = TOKENS, **sampling: Any) -> list[Any]:

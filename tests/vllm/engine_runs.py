@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -96,6 +97,20 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         result["metrics"] = [line for line in lines if line.startswith("fourfold:")]
     llm.llm_engine.engine_core.shutdown()
     return result
+
+
+def run_all(folder: Path, cases: dict[str, Any], cores: str, timeout: int = 900) -> dict[str, Any]:
+    """The results of ``cases``, run in a process of its own, and its log under ``log``; both are kept in ``folder``."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": cores,
+    }
+    with (folder / "log").open("w") as log:
+        command = [sys.executable, __file__, str(folder / "cases.json"), str(folder / "results.json")]
+        subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **env}, check=True, timeout=timeout)
+    return json.loads((folder / "results.json").read_text()) | {"log": (folder / "log").read_text()}
 
 
 def main() -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import engine_runs
 import pytest
 import torch
 from mtp_models import write_random
@@ -187,18 +186,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases["no table"] = {**cases["right"], "options": cases["right"]["options"] | {"scheduler_cls": ADAPTIVE}}
     for model_type in ("glm4_moe", "deepseek_v3"):
         cases |= own_and_generic(folder / model_type, model_type)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    script = str(Path(__file__).parent / "engine_runs.py")
-    env = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        # These models are too small for two cores.
-        "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
-    }
-    with (folder / "log").open("w") as log:
-        command = [sys.executable, script, str(folder / "cases.json"), str(folder / "results.json")]
-        subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **env}, check=True, timeout=900)
-    return json.loads((folder / "results.json").read_text()) | {"log": (folder / "log").read_text()}
+    # These models are too small for two cores.
+    return engine_runs.run_all(folder, cases, str(min(os.sched_getaffinity(0))))
 
 
 @pytest.mark.parametrize("name", HEADS)

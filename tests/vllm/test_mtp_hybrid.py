@@ -6,15 +6,13 @@ KV cache missed the tokens that its text drafted would be wrong from then on.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import engine_runs
 import pytest
 from oracle import BAD, ORDER, SIZE, character, chi_square, continuation, prompt, write_oracle
 
@@ -127,18 +125,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     disabled = cases["a copy"]["options"] | {"additional_config": {"fourfold": {"mtp": {"hybrid": {"enabled": False}}}}}
     cases["disabled"] = {**cases["a copy"], "options": disabled, "config": {}}
     cases["V2"] = {**cases["a copy"], "config": {}, "environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}
-    (folder / "cases.json").write_text(json.dumps(cases))
-    script = str(Path(__file__).parent / "engine_runs.py")
-    env = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        # These models are too small for two cores.
-        "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
-    }
-    with (folder / "log").open("w") as log:
-        command = [sys.executable, script, str(folder / "cases.json"), str(folder / "results.json")]
-        subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **env}, check=True, timeout=900)
-    return json.loads((folder / "results.json").read_text()) | {"log": (folder / "log").read_text()}
+    # These models are too small for two cores.
+    return engine_runs.run_all(folder, cases, str(min(os.sched_getaffinity(0))))
 
 
 def engine_counts(totals: dict[str, Any]) -> tuple[int, int, list[int]]:

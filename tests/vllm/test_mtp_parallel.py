@@ -52,15 +52,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
         "lock step": start(folder / "experts", *WORKER, experts=2),
         "independent": start(folder / "dense"),
     }
-    try:
-        for each in starting.values():
-            each.start()
-        for each in starting.values():
-            each.wait()
+    with engine_checks.running(starting):
         yield starting
-    finally:
-        for each in starting.values():
-            each.stop()
 
 
 def complete(server: EngineServer, text: list[int], tokens: int) -> list[int]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import engine_runs
 import pytest
 import real_head
 import torch
@@ -46,17 +44,8 @@ def runs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         count = 100 if dtype == "float32" else FEW
         requests = [{"prompt": list(prompt), "temperature": 0, "max_tokens": TOKENS} for prompt in asked[:count]]
         cases[name] = {"model": str(smollm2), "options": options, "requests": requests}
-    (folder / "cases.json").write_text(json.dumps(cases))
-    script = str(Path(__file__).parent / "engine_runs.py")
-    env = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-    }
-    with (folder / "log").open("w") as log:
-        command = [sys.executable, script, str(folder / "cases.json"), str(folder / "results.json")]
-        subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **env}, check=True, timeout=1500)
-    results = json.loads((folder / "results.json").read_text())
+    results = engine_runs.run_all(folder, cases, ",".join(map(str, sorted(os.sched_getaffinity(0)))), timeout=1500)
+    results.pop("log")
     assert not any("error" in result for result in results.values()), results
     return results | {"prompts": asked}
 

@@ -48,15 +48,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
         "right": start(folder / "right", "--block-size", "32", "--enable-prefix-caching"),
         "wrong": start(folder / "wrong", *HYBRID, kind="swapped", k=LIMIT),
     }
-    try:
-        for each in starting.values():
-            each.start()
-        for each in starting.values():
-            each.wait()
+    with engine_checks.running(starting):
         yield starting
-    finally:
-        for each in starting.values():
-            each.stop()
 
 
 @pytest.fixture(scope="module")
