@@ -16,6 +16,7 @@ from fourfold.common.doctor import doctor
 from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp.command import mtp_app
 from fourfold.common.quant.checkpoint.command import quantize
+from fourfold.common.recipe.command import recipe_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure, as ratios against the alternative in the same run.")
@@ -23,6 +24,7 @@ app.command()(quantize)
 app.command()(doctor)
 app.add_typer(bench_app, name="bench")
 app.add_typer(mtp_app, name="mtp")
+app.add_typer(recipe_app, name="recipe")
 bench_app.command()(linear)
 bench_app.command()(engine)
 bench_app.command(name="mtp")(bench_mtp)

@@ -7,7 +7,6 @@ name. Environment variables are parsed strictly and latched: the first value rea
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -15,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from fourfold.common.errors import FourfoldError
+from fourfold.common.strict import Strict, problems
 
 METHOD = "fourfold_nvfp4"  # the engines' name of the quantisation method
 ALGORITHM = "FOURFOLD_MTP"  # SGLang's name of the speculative algorithm
@@ -27,22 +27,7 @@ SchemeName = Literal["auto", "w4a16", "w4a4"]
 SCALE_METHODS: tuple[str, ...] = get_args(ScaleMethod)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                    hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(cls.model_fields)}"
-                    raise ValueError(f"unknown key {key!r}; {hint}")
-        return data
-
-
-class QuantSettings(_Strict):
+class QuantSettings(Strict):
     """Options of ``--quantization fourfold_nvfp4``."""
 
     scales: ScaleMethod = Field(
@@ -76,7 +61,7 @@ class QuantSettings(_Strict):
         return any(re.search(pattern, name) for pattern in self.ignore)
 
 
-class HybridSettings(_Strict):
+class HybridSettings(Strict):
     """Options of hybrid drafting: drafts from a request's own text first, from its MTP head otherwise."""
 
     enabled: bool = Field(default=True, description="false: SGLang's FOURFOLD_MTP drafts with the head alone")
@@ -90,7 +75,7 @@ class HybridSettings(_Strict):
     head_tokens: int = Field(default=3, ge=1, description="tokens that the MTP head drafts where the text does not")
 
 
-class MtpSettings(_Strict):
+class MtpSettings(Strict):
     """Options of multi-token prediction."""
 
     hybrid: HybridSettings = Field(default_factory=HybridSettings)
@@ -99,7 +84,7 @@ class MtpSettings(_Strict):
     )
 
 
-class Settings(_Strict):
+class Settings(Strict):
     """All options."""
 
     quant: QuantSettings = Field(default_factory=QuantSettings)
@@ -117,13 +102,7 @@ def parse_settings(data: Any, source: str) -> Settings:
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            where = ".".join(map(str, item["loc"]))
-            text = item["msg"].removeprefix("Value error, ")
-            shown = "" if text.startswith("unknown key") else f" (got {item['input']!r})"
-            problems.append(f"{where + ': ' if where else ''}{text}{shown}")
-        raise FourfoldError(f"{source}: {'; '.join(problems)}") from None
+        raise FourfoldError(f"{source}: {'; '.join(problems(error))}") from None
 
 
 def additional_settings(additional_config: Any) -> Settings:

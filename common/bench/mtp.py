@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +27,7 @@ from fourfold.common.bench.mtp_rows import (
     Derived,
     Row,
     Turn,
+    complete,
     derive,
     fixed,
     rows,
@@ -152,9 +153,8 @@ def groups(found: Sequence[Configuration], alive: int) -> list[list[Configuratio
 
 def measure(
     plan: Plan, group: Mapping[Configuration, EngineServer], first: int, note: Callable[[str], Any]
-) -> list[Turn]:
+) -> Iterator[Turn]:
     """Let the servers of one group take turns; ``first`` is the number of the first turn."""
-    out = []
 
     def take(kind: str, batch: int, start: int, count: int, configuration: Configuration) -> flow.Flow:
         texts = [PROMPTS[kind][(start + i) % len(PROMPTS[kind])] for i in range(count)]
@@ -174,8 +174,7 @@ def measure(
                         note(f"{kind}, batch {batch}, round {turn + 1} of {plan.rounds}: {configuration.label}")
                         result = take(kind, batch, turn * count, count, configuration)
                         weights, name = configuration.weights, configuration.name
-                        out.append(Turn(weights, name, kind, batch, first + turn, result))
-    return out
+                        yield Turn(weights, name, kind, batch, first + turn, result)
 
 
 def draft_directory(head: Path, scratch: Path) -> Path:
@@ -251,30 +250,36 @@ def mtp(
     path = resolve(model)
     chosen_head = head or (SMOLLM2_HEAD if model == "smollm2" else path)
     folder = logs or Path(tempfile.mkdtemp(prefix="fourfold-bench-"))
-    console, turns = Console(stderr=True), []
+    console, turns, early = Console(stderr=True), [], False
     with tempfile.TemporaryDirectory(prefix="fourfold-draft-") as scratch, console.status("starting") as status:
         draft = draft_directory(chosen_head, Path(scratch))
         plan = Plan(path, draft, batches, kinds, lengths, (text_tokens, head_tokens), tokens, rounds, requests, eager)
-        for i, group in enumerate(groups(chosen, alive)):
-            servers = {
-                c: EngineServer("vllm", str(path), folder / f"{i} {c.label}.log".replace(" ", "-"), plan.arguments(c))
-                for c in group
-            }
-            turns += measure(plan, servers, i * rounds, status.update)
-    table = rows(turns)
+        try:
+            for i, group in enumerate(groups(chosen, alive)):
+                logs_of = {c: folder / f"{i} {c.label}.log".replace(" ", "-") for c in group}
+                servers = {c: EngineServer("vllm", str(path), log, plan.arguments(c)) for c, log in logs_of.items()}
+                for turn in measure(plan, servers, i * rounds, status.update):
+                    turns.append(turn)
+        except (KeyboardInterrupt, SystemExit):
+            early = True  # an hour's turns are worth a table
+            console.print(f"ended early, after {len(turns)} turns")
+    table = rows(complete(turns))
     derived = derive(table)
+    if not table:
+        raise FourfoldError("ended before the first configuration could be compared with none")
     if as_json:
         result: dict[str, Any] = {"machine": machine.describe(), "engine": [name, version], "model": model}
         result |= {"head": str(chosen_head), "tokens": tokens, "rounds": rounds}
         result |= {"rows": [asdict(row) for row in table], "derived": [asdict(item) for item in derived]}
         typer.echo(json.dumps(result, indent=1))
-        return
+        raise typer.Exit(early)
     out = Console()
     if not out.is_terminal:
         out.width = 160  # a file has no width that the table has to fit into
     out.print(machine.describe())
     out.print(_table(table, f"{name} {version}, {model}, tokens/s, answers up to {tokens} tokens, {rounds} rounds"))
     out.print(_derived(derived))
+    raise typer.Exit(early)
 
 
 def _table(table: Sequence[Row], title: str) -> Table:

@@ -66,6 +66,12 @@ class Row:
     acceptance: tuple[float, ...]
 
 
+def complete(turns: Sequence[Turn]) -> list[Turn]:
+    """Those of ``turns`` that have one without speculation to compare with; all, unless the run ended early."""
+    base = {(t.turn, t.prompts, t.batch, t.weights) for t in turns if t.configuration == NONE}
+    return [t for t in turns if (t.turn, t.prompts, t.batch, target_of(t.weights)) in base]
+
+
 def rows(turns: Sequence[Turn]) -> list[Row]:
     """The rows, in the order of the first turns, by kind of prompts and batch."""
     base = {(t.turn, t.prompts, t.batch, t.weights): t.flow.speed for t in turns if t.configuration == NONE}

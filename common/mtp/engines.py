@@ -14,6 +14,7 @@ from fourfold.common.mtp.reader import Reading
 Engine = Literal["vllm", "sglang"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 ARCHITECTURE = "FourfoldMTP"  # the generic class of both engines
+SGLANG_MLA = "DeepseekV3ForCausalLMNextN"  # by a class's name SGLang tells that a draft's attention is MLA
 WORDS = "vocabulary.pt"  # a draft vocabulary as SGLang reads it
 
 

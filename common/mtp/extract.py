@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.mtp.engines import ARCHITECTURE, WORDS, Engine, has_vocabulary, launch_flags, serving_class
+from fourfold.common.mtp.engines import (
+    ARCHITECTURE,
+    SGLANG_MLA,
+    WORDS,
+    Engine,
+    has_vocabulary,
+    launch_flags,
+    serving_class,
+)
 from fourfold.common.mtp.formats import NVFP4, PLAIN, without_expert
 from fourfold.common.mtp.head import BLOCK, KEY
 from fourfold.common.mtp.reader import Reading, quantization_config, read_head
@@ -78,10 +86,13 @@ def draft_config(reading: Reading, engine: Engine) -> dict[str, Any]:
         if key in reading.index.config:
             config.setdefault(key, reading.index.config[key])
     config |= {"target_architecture": reading.architecture, "target_model_type": config.get("model_type")}
+    mla, architectures = config.get("kv_lora_rank") is not None, [ARCHITECTURE]
     if engine == "vllm":  # it tells MLA by the model_type
-        config["model_type"] = "deepseek_mtp" if config.get("kv_lora_rank") is not None else "mtp"
+        config["model_type"] = "deepseek_mtp" if mla else "mtp"
+    elif mla:  # the first name is the class
+        architectures.append(SGLANG_MLA)
     count = len(head.modules)
-    config |= {"architectures": [ARCHITECTURE], "n_predict": count, "num_nextn_predict_layers": count}
+    config |= {"architectures": architectures, "n_predict": count, "num_nextn_predict_layers": count}
     config[KEY] = head.to_config()
     config.pop("quantization_config", None)
     quantization = _quantization(reading)

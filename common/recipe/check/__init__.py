@@ -1,0 +1,1 @@
+"""Proof levels of recipes: schema, parser, environment, configuration, rules."""

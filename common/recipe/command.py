@@ -1,0 +1,48 @@
+"""``fourfold recipe``: one module for each subcommand; this one lists and shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+recipe_app = typer.Typer(no_args_is_help=True, help="Day-zero configurations: check, fit, plan, render, rehearse, run.")
+
+Roots = Annotated[
+    list[Path] | None,
+    typer.Option("--catalogue", help="Folder with recipes and sheets of your own; repeatable. It goes before ours."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@recipe_app.command("list")
+def list_(catalogue: Roots = None, as_json: Json = False) -> None:
+    """List all recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fourfold.common.recipe.loading import Catalogue
+
+    known = Catalogue(catalogue)
+    recipes = [known.recipe(name) for name in known.recipe_paths]
+    if as_json:
+        rows = [
+            {"id": r.id, "title": r.title, "model": r.model, "hardware": r.hardware, "engines": list(r.engines)}
+            for r in recipes
+        ]
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    table = Table("recipe", "hardware", "engines", "title")
+    for r in recipes:
+        table.add_row(r.id, r.hardware, ", ".join(r.engines), r.title)
+    Console().print(table)
+
+
+@recipe_app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from fourfold.common.recipe.schema import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(by_alias=True), indent=1))

@@ -1,0 +1,1 @@
+"""Recipes of others, read into ours."""

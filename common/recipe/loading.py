@@ -1,0 +1,245 @@
+"""Read recipes, model cards, hardware sheets and price sheets: YAML without surprises.
+
+A file is at most 256 KiB of plain YAML: no anchors, aliases or tags, no key twice, no depth beyond 20. ``extends``
+merges mappings, replaces all else, and ``null`` takes a key away. Every problem is a `FourfoldError` with file, key,
+value and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from fourfold.common.errors import FourfoldError
+from fourfold.common.recipe.schema import HardwareSheet, ModelCard, PriceSheet, Recipe
+from fourfold.common.strict import Strict, problems
+
+LARGEST = 256 << 10
+DEEPEST = 20
+LONGEST_CHAIN = 8
+FOLDERS = {"models": ModelCard, "hardware": HardwareSheet, "prices": PriceSheet}
+T = TypeVar("T", bound=Strict)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
+        event = self.peek_event()
+        if getattr(event, "anchor", None):
+            raise yaml.MarkedYAMLError(problem="anchors are not allowed", problem_mark=event.start_mark)
+        if getattr(event, "tag", None):
+            raise yaml.MarkedYAMLError(problem=f"the tag {event.tag} is not allowed", problem_mark=event.start_mark)
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"nested beyond {DEEPEST} levels", problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        out: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r}; expected text (quote it)", problem_mark=key_node.start_mark
+                )
+            if key in out:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} twice", problem_mark=key_node.start_mark)
+            out[key] = self.construct_object(value_node, deep=True)
+        return out
+
+    def construct_yaml_map(self, node: Any) -> Any:
+        yield self.construct_mapping(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_yaml_map)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a file holds.
+
+    Raises:
+        FourfoldError: not readable, too large, or not plain YAML.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+    except OSError as error:
+        raise FourfoldError(f"{path}: {error.strerror or error}") from None
+    if len(data) > LARGEST:
+        raise FourfoldError(f"{path}: larger than {LARGEST >> 10} KiB; a recipe is a short text")
+    try:
+        value = yaml.load(data.decode("utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise FourfoldError(f"{path}: not UTF-8 text ({error})") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise FourfoldError(f"{path}:{line} {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FourfoldError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise FourfoldError(f"{path}: expected a mapping, got {type(value).__name__}")
+    return value
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``: mappings merge, None takes a key away, all else replaces."""
+    out = dict(base)
+    for key, value in over.items():
+        if value is None:
+            out.pop(key, None)
+        elif isinstance(value, dict):
+            below = out.get(key)
+            out[key] = merged(below if isinstance(below, dict) else {}, value)
+        else:
+            out[key] = value
+    return out
+
+
+def parse(kind: type[T], data: Any, source: Path | str) -> T:
+    """Validate ``data``.
+
+    Raises:
+        FourfoldError: one line for each problem, each with ``source``.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise FourfoldError("\n".join(f"{source}: {line}" for line in problems(error))) from None
+
+
+class Catalogue:
+    """All that a recipe refers to: files below ``roots``, the first root that has a name wins.
+
+    A root holds the folders ``models``, ``hardware`` and ``prices``; every other folder's ``*.yaml`` are recipes, whose
+    id is folder/name.
+    """
+
+    def __init__(self, roots: Sequence[Path] | None = None) -> None:
+        self.roots = [*(roots or []), Path(str(files("fourfold.recipes")))]
+
+    @cached_property
+    def recipe_paths(self) -> dict[str, Path]:
+        """Recipe id to file, in order."""
+        found: dict[str, Path] = {}
+        for root in self.roots:
+            for path in sorted(root.glob("*/*.yaml")):
+                if path.parent.name not in FOLDERS:
+                    found.setdefault(f"{path.parent.name}/{path.stem}", path)
+        return dict(sorted(found.items()))
+
+    def recipe(self, wanted: str | Path) -> Recipe:
+        """A recipe by id, or by the path of its file.
+
+        Raises:
+            FourfoldError: no such recipe, not valid, or it refers to what is not there.
+        """
+        path = self.find(wanted)
+        recipe = parse(Recipe, self._resolved(path, ()), path)
+        expected = f"{path.parent.resolve().name}/{path.stem}"
+        if recipe.id != expected:
+            raise FourfoldError(f"{path}: id: {recipe.id}; expected {expected}, from its folder and file name")
+        card, sheet = self.model(recipe.model, path), self.hardware(recipe.hardware, path)
+        for evidence in recipe.evidence:
+            if evidence.prices is not None:
+                self.prices(evidence.prices, path)
+        if recipe.rehearsal and recipe.rehearsal.proxy:
+            self.model(recipe.rehearsal.proxy, path)
+        _check_fits_machine(recipe, card, sheet, path)
+        return recipe
+
+    def find(self, wanted: str | Path) -> Path:
+        """The file of a recipe."""
+        path = Path(wanted)
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return path
+        if str(wanted) in self.recipe_paths:
+            return self.recipe_paths[str(wanted)]
+        raise FourfoldError(f"recipe {wanted}: no such file or id{_nearest(str(wanted), self.recipe_paths)}")
+
+    def model(self, name: str, source: Path | str = "model") -> ModelCard:
+        """A model card."""
+        return self._sheet("models", ModelCard, name, source)
+
+    def model_path(self, name: str) -> Path:
+        """The file of a model card; its config.json is beside it."""
+        return next(root / "models" / f"{name}.yaml" for root in self.roots if self._file(root, "models", name))
+
+    def hardware(self, name: str, source: Path | str = "hardware") -> HardwareSheet:
+        """A hardware sheet."""
+        return self._sheet("hardware", HardwareSheet, name, source)
+
+    def prices(self, name: str, source: Path | str = "prices") -> PriceSheet:
+        """A price sheet."""
+        return self._sheet("prices", PriceSheet, name, source)
+
+    def names(self, folder: str) -> list[str]:
+        """The names in ``models``, ``hardware`` or ``prices``."""
+        return sorted({path.stem for root in self.roots for path in (root / folder).glob("*.yaml")})
+
+    def _file(self, root: Path, folder: str, name: str) -> bool:
+        return (root / folder / f"{name}.yaml").is_file()
+
+    def _sheet(self, folder: str, kind: type[T], name: str, source: Path | str) -> T:
+        for root in self.roots:
+            if self._file(root, folder, name):
+                path = root / folder / f"{name}.yaml"
+                sheet = parse(kind, read_yaml(path), path)
+                if getattr(sheet, "id") != name:  # noqa: B009
+                    raise FourfoldError(f"{path}: id: {getattr(sheet, 'id')!r}; expected {name!r}")  # noqa: B009
+                return sheet
+        raise FourfoldError(f"{source}: {folder}: no file {folder}/{name}.yaml{_nearest(name, self.names(folder))}")
+
+    def _resolved(self, path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+        """The file's mapping, with what it extends below it."""
+        path = path.resolve()
+        if path in chain:
+            raise FourfoldError(f"{path}: extends: {' -> '.join(p.stem for p in (*chain, path))} is a cycle")
+        if len(chain) >= LONGEST_CHAIN:
+            raise FourfoldError(f"{path}: extends: a chain of more than {LONGEST_CHAIN} recipes")
+        data = read_yaml(path)
+        base = data.get("extends")
+        if base is None:
+            return data
+        if not isinstance(base, str):
+            raise FourfoldError(f"{path}: extends: {base!r}; expected the id of a recipe")
+        found = self.recipe_paths.get(base)
+        beside = path.parent.parent / f"{base}.yaml"
+        if beside.is_file():  # a folder of recipes need not be a root
+            found = beside
+        if found is None:
+            raise FourfoldError(f"{path}: extends: {base}: no such recipe{_nearest(base, self.recipe_paths)}")
+        return merged(self._resolved(found, (*chain, path)), data)
+
+
+def _check_fits_machine(recipe: Recipe, card: ModelCard, sheet: HardwareSheet, path: Path) -> None:
+    """Refuse parallelism that no such machine can have."""
+    for engine, plan in recipe.engines.items():
+        for name, role in plan.roles.items():
+            where = f"{path}: engines.{engine}.roles.{name}.parallel"
+            world = role.parallel.world
+            if world > sheet.gpus_per_node and world % sheet.gpus_per_node:
+                raise FourfoldError(
+                    f"{where}: {world} GPUs; expected at most {sheet.gpus_per_node} or a multiple of it, "
+                    f"the GPUs of one node of {sheet.id}"
+                )
+            if role.parallel.expert > max(sheet.nvlink_domain, sheet.gpus_per_node):
+                raise FourfoldError(
+                    f"{where}.expert: {role.parallel.expert} ranks; {sheet.id} joins {sheet.nvlink_domain} over NVLink"
+                )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known) or 'none'}"

@@ -1,0 +1,1 @@
+"""Which layout serves a model best on given hardware, by an analytic model."""

@@ -1,0 +1,1 @@
+"""Launch files of recipes, one module for each target."""

@@ -1,0 +1,1 @@
+"""Memory of a recipe on its hardware, by part."""
