@@ -13,7 +13,7 @@ UNKNOWN = "unknown key"
 class Strict(BaseModel):
     """Immutable; no value is converted to another type; aliases are what a file says where a name is not a word."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -24,7 +24,7 @@ class Strict(BaseModel):
                 if key not in valid and key not in cls.model_fields:
                     near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
                     hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
-                    raise ValueError(f"{UNKNOWN} {key!r}; {hint}")
+                    raise ValueError(f"{UNKNOWN} {str(key)[:80]!r}; {hint}")
         return data
 
 
@@ -32,7 +32,8 @@ def problems(error: ValidationError) -> list[str]:
     """One line for each problem: where, what was expected, what was found."""
     out = []
     for item in error.errors():
-        where = ".".join(map(str, item["loc"]))
+        loc = [str(part) for part in item["loc"]]
+        where = ".".join(loc[:-1] if loc[-1:] == ["[key]"] else loc)  # a key of the wrong kind: it ends the path itself
         text = item["msg"].removeprefix("Value error, ")
         given = repr(item["input"])
         shown = "" if text.startswith(UNKNOWN) else f" (got {given if len(given) <= 200 else given[:200] + '...'})"

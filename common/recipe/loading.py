@@ -1,107 +1,48 @@
-"""Read recipes, model cards, hardware sheets and price sheets: YAML without surprises.
+"""Recipes, model cards, hardware sheets and price sheets, and what refers to what.
 
-A file is at most 256 KiB of plain YAML: no anchors, aliases or tags, no key twice, no depth beyond 20. ``extends``
-merges mappings, replaces all else, and ``null`` takes a key away. Every problem is a `FourfoldError` with file, key,
-value and what was expected.
+``extends`` merges mappings, replaces all else, and ``null`` takes a key away. Every problem is a `FourfoldError` with
+file, key, value and what was expected; nothing outside the roots and the folder of a recipe is read.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.recipe.schema import HardwareSheet, ModelCard, PriceSheet, Recipe
+from fourfold.common.recipe.plain_yaml import read_bytes, read_yaml
+from fourfold.common.recipe.schema import NAME, RECIPE_ID, HardwareSheet, ModelCard, PriceSheet, Recipe
 from fourfold.common.strict import Strict, problems
 
-LARGEST = 256 << 10
-DEEPEST = 20
+__all__ = ["Catalogue", "merged", "parse", "read_yaml"]
+LARGEST_CONFIG = 8 << 20  # bytes; those of models with a format for each layer are long
+
 LONGEST_CHAIN = 8
 FOLDERS = {"models": ModelCard, "hardware": HardwareSheet, "prices": PriceSheet}
 T = TypeVar("T", bound=Strict)
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain values only."""
+def merged(base: dict[str, Any], over: dict[str, Any], nulls: bool = False) -> dict[str, Any]:
+    """``over`` on top of ``base``: mappings merge, None takes a key away, all else replaces.
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
-        event = self.peek_event()
-        if getattr(event, "anchor", None):
-            raise yaml.MarkedYAMLError(problem="anchors are not allowed", problem_mark=event.start_mark)
-        if getattr(event, "tag", None):
-            raise yaml.MarkedYAMLError(problem=f"the tag {event.tag} is not allowed", problem_mark=event.start_mark)
-        self.depth = getattr(self, "depth", 0) + 1
-        if self.depth > DEEPEST:
-            raise yaml.MarkedYAMLError(problem=f"nested beyond {DEEPEST} levels", problem_mark=event.start_mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        out: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key!r}; expected text (quote it)", problem_mark=key_node.start_mark
-                )
-            if key in out:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} twice", problem_mark=key_node.start_mark)
-            out[key] = self.construct_object(value_node, deep=True)
-        return out
-
-    def construct_yaml_map(self, node: Any) -> Any:
-        yield self.construct_mapping(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_yaml_map)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a file holds.
-
-    Raises:
-        FourfoldError: not readable, too large, or not plain YAML.
+    Args:
+        nulls: keep None; so it is below ``substitutions``, where it means something else.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
-    except OSError as error:
-        raise FourfoldError(f"{path}: {error.strerror or error}") from None
-    if len(data) > LARGEST:
-        raise FourfoldError(f"{path}: larger than {LARGEST >> 10} KiB; a recipe is a short text")
-    try:
-        value = yaml.load(data.decode("utf-8"), Loader=_Loader)
-    except UnicodeDecodeError as error:
-        raise FourfoldError(f"{path}: not UTF-8 text ({error})") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
-        raise FourfoldError(f"{path}:{line} {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FourfoldError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise FourfoldError(f"{path}: expected a mapping, got {type(value).__name__}")
-    return value
-
-
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` on top of ``base``: mappings merge, None takes a key away, all else replaces."""
     out = dict(base)
     for key, value in over.items():
-        if value is None:
+        if value is None and not nulls:
             out.pop(key, None)
         elif isinstance(value, dict):
             below = out.get(key)
-            out[key] = merged(below if isinstance(below, dict) else {}, value)
+            out[key] = merged(below if isinstance(below, dict) else {}, value, nulls or key == "substitutions")
         else:
             out[key] = value
     return out
@@ -128,6 +69,9 @@ class Catalogue:
 
     def __init__(self, roots: Sequence[Path] | None = None) -> None:
         self.roots = [*(roots or []), Path(str(files("fourfold.recipes")))]
+        for root in self.roots:
+            if not _is(root, "dir"):
+                raise FourfoldError(f"catalogue {root}: not a folder; expected one with models, hardware or recipes")
 
     @cached_property
     def recipe_paths(self) -> dict[str, Path]:
@@ -135,7 +79,7 @@ class Catalogue:
         found: dict[str, Path] = {}
         for root in self.roots:
             for path in sorted(root.glob("*/*.yaml")):
-                if path.parent.name not in FOLDERS:
+                if path.parent.name not in FOLDERS and path.is_file():
                     found.setdefault(f"{path.parent.name}/{path.stem}", path)
         return dict(sorted(found.items()))
 
@@ -162,15 +106,33 @@ class Catalogue:
     def find(self, wanted: str | Path) -> Path:
         """The file of a recipe."""
         path = Path(wanted)
-        if path.suffix in (".yaml", ".yml") and path.is_file():
+        if path.suffix in (".yaml", ".yml") and _is(path, "file"):
             return path
         if str(wanted) in self.recipe_paths:
             return self.recipe_paths[str(wanted)]
-        raise FourfoldError(f"recipe {wanted}: no such file or id{_nearest(str(wanted), self.recipe_paths)}")
+        raise FourfoldError(f"recipe {wanted}: no such file or id{_nearest(str(wanted)[:200], self.recipe_paths)}")
 
     def model(self, name: str, source: Path | str = "model") -> ModelCard:
         """A model card."""
-        return self._sheet("models", ModelCard, name, source)
+        card = self._sheet("models", ModelCard, name, source)
+        if not _is(self.model_path(name).with_name(card.config), "file"):
+            raise FourfoldError(f"{self.model_path(name)}: config: {card.config!r}; there is no such file beside it")
+        return card
+
+    def config(self, name: str, source: Path | str = "model") -> dict[str, Any]:
+        """The model's ``config.json``.
+
+        Raises:
+            FourfoldError: no such card, or the file beside it is not a JSON object.
+        """
+        path = self.model_path(name).with_name(self.model(name, source).config)
+        try:
+            data = json.loads(read_bytes(path, LARGEST_CONFIG))
+        except (ValueError, RecursionError) as error:
+            raise FourfoldError(f"{path}: not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise FourfoldError(f"{path}: expected a JSON object, got {type(data).__name__}")
+        return data
 
     def model_path(self, name: str) -> Path:
         """The file of a model card; its config.json is beside it."""
@@ -189,7 +151,7 @@ class Catalogue:
         return sorted({path.stem for root in self.roots for path in (root / folder).glob("*.yaml")})
 
     def _file(self, root: Path, folder: str, name: str) -> bool:
-        return (root / folder / f"{name}.yaml").is_file()
+        return re.match(NAME, name) is not None and _is(root / folder / f"{name}.yaml", "file")
 
     def _sheet(self, folder: str, kind: type[T], name: str, source: Path | str) -> T:
         for root in self.roots:
@@ -211,9 +173,9 @@ class Catalogue:
         data = read_yaml(path)
         base = data.get("extends")
         if base is None:
-            return data
-        if not isinstance(base, str):
-            raise FourfoldError(f"{path}: extends: {base!r}; expected the id of a recipe")
+            return merged({}, data)
+        if not isinstance(base, str) or len(base) > 160 or not re.match(RECIPE_ID, base):
+            raise FourfoldError(f"{path}: extends: {str(base)[:200]!r}; expected the id of a recipe, folder/name")
         found = self.recipe_paths.get(base)
         beside = path.parent.parent / f"{base}.yaml"
         if beside.is_file():  # a folder of recipes need not be a root
@@ -238,6 +200,13 @@ def _check_fits_machine(recipe: Recipe, card: ModelCard, sheet: HardwareSheet, p
                 raise FourfoldError(
                     f"{where}.expert: {role.parallel.expert} ranks; {sheet.id} joins {sheet.nvlink_domain} over NVLink"
                 )
+
+
+def _is(path: Path, kind: Literal["dir", "file"]) -> bool:
+    try:
+        return path.is_dir() if kind == "dir" else path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that no file can have
+        return False
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
