@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,14 +16,28 @@ class Rename:
 
     Attributes:
         kind: ``option``, ``env`` or ``env_to_option``.
+        old: the name as the recipe has it; a key inside an option's mapping follows a dot.
         new: the new name; None takes the old one away.
         value: the new value, where it changes too.
+        effect: what an engine does with the old name: it refuses to start, ignores it, or warns and obeys.
+        why: what became of it.
+        source: where that is said.
     """
 
     kind: Literal["option", "env", "env_to_option"]
     old: str
     new: str | None
     value: object = None
+    effect: Literal["refused", "ignored", "deprecated"] = "refused"
+    why: str = ""
+    source: str = ""
+
+    @property
+    def text(self) -> str:
+        """One line: old name, what the engine does with it, new name."""
+        new = "take it away" if self.new is None else f"use {'option ' * (self.kind == 'env_to_option')}{self.new}"
+        value = "" if self.value is None else f": {json.dumps(self.value)}"
+        return f"{self.old} is {self.effect}; {new}{value}" + (f" ({self.why})" if self.why else "")
 
 
 @dataclass(frozen=True)
