@@ -36,6 +36,10 @@ def problems(error: ValidationError) -> list[str]:
         where = ".".join(loc[:-1] if loc[-1:] == ["[key]"] else loc)  # a key of the wrong kind: it ends the path itself
         text = item["msg"].removeprefix("Value error, ")
         given = repr(item["input"])
-        shown = "" if text.startswith(UNKNOWN) else f" (got {given if len(given) <= 200 else given[:200] + '...'})"
+        shown = (
+            ""
+            if text.startswith(UNKNOWN) or item["type"] == "missing"
+            else f" (got {given if len(given) <= 200 else given[:200] + '...'})"
+        )
         out.append(f"{where + ': ' if where else ''}{text}{shown}")
     return out

@@ -1,4 +1,4 @@
-"""``fourfold recipe``: one module for each subcommand; this one lists and shows."""
+"""``fourfold recipe``: one module for each subcommand; this one lists them, and prints the schema."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fourfold.common.recipe.show import show
 
 recipe_app = typer.Typer(no_args_is_help=True, help="Day-zero configurations: check, fit, plan, render, rehearse, run.")
 
@@ -41,8 +43,13 @@ def list_(catalogue: Roots = None, as_json: Json = False) -> None:
 
 
 @recipe_app.command()
-def schema() -> None:
-    """Print the JSON Schema of a recipe, for editors."""
-    from fourfold.common.recipe.schema import Recipe
+def schema(
+    kind: Annotated[str, typer.Argument(help="recipe, model, hardware or prices.")] = "recipe",
+) -> None:
+    """Print the JSON Schema of a recipe, a model card, a hardware sheet or a price sheet, for editors."""
+    from fourfold.common.recipe.json_schema import json_schema
 
-    typer.echo(json.dumps(Recipe.model_json_schema(by_alias=True), indent=1))
+    typer.echo(json.dumps(json_schema(kind), indent=1))
+
+
+recipe_app.command()(show)
