@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fourfold.common.recipe.rendering.command import render
 from fourfold.common.recipe.show import show
 
 recipe_app = typer.Typer(no_args_is_help=True, help="Day-zero configurations: check, fit, plan, render, rehearse, run.")
@@ -53,3 +54,4 @@ def schema(
 
 
 recipe_app.command()(show)
+recipe_app.command()(render)
