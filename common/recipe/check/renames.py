@@ -24,6 +24,7 @@ from fourfold.common.strict import Strict
 
 TABLE = Path(str(files("fourfold.recipes"))) / "renames.yaml"
 OTHER = "*"  # any old value that an entry does not list
+_MISSING = object()
 
 
 def _specifier(text: str) -> str:
@@ -126,7 +127,7 @@ def renamed(
         if rename.kind == "option":
             order = list(options)
             value = _take(options, rename.old)
-            if value is not None and rename.new is not None:
+            if value is not _MISSING and rename.new is not None:
                 _put(options, rename.new, value if rename.value is None else rename.value)
                 options = _in_place(options, order, rename.old, rename.new)
         elif rename.old in env:
@@ -201,7 +202,7 @@ def _take(options: dict[str, Any], path: str) -> Any:
     name, _, key = path.partition(".")
     inside = as_mapping(options.get(name))
     if inside is None or key not in inside:
-        return None
+        return _MISSING
     value = inside.pop(key)
     if inside:
         options[name] = inside
@@ -220,7 +221,7 @@ def _in_place(options: dict[str, Any], order: list[str], old: str, new: str) -> 
 
 def _put(options: dict[str, Any], path: str, value: Any) -> None:
     """Set ``name`` or ``name.key`` where it is not set."""
-    if value_of(options, path) is not None:
+    if _find(options, path):
         return
     name, _, key = path.partition(".")
     if not key:
