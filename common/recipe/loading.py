@@ -94,12 +94,13 @@ class Catalogue:
         expected = f"{path.parent.resolve().name}/{path.stem}"
         if recipe.id != expected:
             raise FourfoldError(f"{path}: id: {recipe.id}; expected {expected}, from its folder and file name")
-        card, sheet = self.model(recipe.model, path), self.hardware(recipe.hardware, path)
-        for evidence in recipe.evidence:
+        card = self.model(recipe.model, f"{path}: model")
+        sheet = self.hardware(recipe.hardware, f"{path}: hardware")
+        for i, evidence in enumerate(recipe.evidence):
             if evidence.prices is not None:
-                self.prices(evidence.prices, path)
+                self.prices(evidence.prices, f"{path}: evidence.{i}.prices")
         if recipe.rehearsal and recipe.rehearsal.proxy:
-            self.model(recipe.rehearsal.proxy, path)
+            self.model(recipe.rehearsal.proxy, f"{path}: rehearsal.proxy")
         _check_fits_machine(recipe, card, sheet, path)
         return recipe
 
@@ -161,7 +162,7 @@ class Catalogue:
                 if getattr(sheet, "id") != name:  # noqa: B009
                     raise FourfoldError(f"{path}: id: {getattr(sheet, 'id')!r}; expected {name!r}")  # noqa: B009
                 return sheet
-        raise FourfoldError(f"{source}: {folder}: no file {folder}/{name}.yaml{_nearest(name, self.names(folder))}")
+        raise FourfoldError(f"{source}: no file {folder}/{name}.yaml{_nearest(name, self.names(folder))}")
 
     def _resolved(self, path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         """The file's mapping, with what it extends below it."""
