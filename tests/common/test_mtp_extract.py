@@ -93,11 +93,16 @@ def test_links_of_links_and_relative_paths(tmp_path: Path, monkeypatch: pytest.M
     assert read_head(tmp_path / "deep" / "er" / "out").family.name == "mimo"
 
 
-def test_sglang_keeps_the_model_type_and_vllm_tells_mla_by_it(tmp_path: Path) -> None:
+def test_vllm_tells_mla_by_the_model_type_and_sglang_by_a_second_class(tmp_path: Path) -> None:
     path = model(tmp_path / "model", "deepseek_v3", kv_lora_rank=16, model_type="deepseek_v3")
-    for engine, expected in (("vllm", "deepseek_mtp"), ("sglang", "deepseek_v3")):
+    own = ["FourfoldMTP"]
+    for engine, *expected in (
+        ("vllm", "deepseek_mtp", own),
+        ("sglang", "deepseek_v3", [*own, "DeepseekV3ForCausalLMNextN"]),
+    ):
         extract(path, tmp_path / engine, check_engine(engine))
-        assert read(tmp_path / engine / "config.json")["model_type"] == expected
+        config = read(tmp_path / engine / "config.json")
+        assert [config["model_type"], config["architectures"]] == expected
 
 
 def test_the_config_of_a_multimodal_model_is_that_of_its_text(tmp_path: Path) -> None:
@@ -290,7 +295,7 @@ def test_transformers_reads_the_config_for_sglang(name: str, tmp_path: Path) -> 
     path = model(tmp_path / "model", name, **{**config, "architectures": [architecture(BY_NAME[name])]})
     reading = extract(path, tmp_path / "out", "sglang")
     found = AutoConfig.from_pretrained(tmp_path / "out")
-    assert found.model_type == name and found.architectures == ["FourfoldMTP"]
+    assert found.model_type == name and found.architectures[0] == "FourfoldMTP"
     assert MtpHead.from_config(getattr(found, KEY)) == reading.head
     assert found.num_nextn_predict_layers == 1 and found.num_hidden_layers == LAYERS
 
