@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from fourfold.common.recipe.sizing.formats import block_fp8, format_named
@@ -206,7 +206,7 @@ def _matcher(patterns: tuple[str, ...]):
             parts.append(rf"(?:.*\.)?{re.escape(pattern)}(?:\..*)?\Z")
     compiled = [re.compile(part) for part in parts]
 
-    @lru_cache(maxsize=None)
+    @cache
     def ignored(name: str) -> bool:
         return any(p.match(name) for p in compiled)
 
