@@ -10,6 +10,7 @@ import typer
 
 from fourfold.common.recipe.rendering.command import render
 from fourfold.common.recipe.show import show
+from fourfold.common.recipe.sizing.command import fit
 
 recipe_app = typer.Typer(no_args_is_help=True, help="Day-zero configurations: check, fit, plan, render, rehearse, run.")
 
@@ -55,3 +56,4 @@ def schema(
 
 recipe_app.command()(show)
 recipe_app.command()(render)
+recipe_app.command()(fit)

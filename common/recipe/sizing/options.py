@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.recipe.schema import EngineRecipe, HardwareSheet, Role, Speculation
+from fourfold.common.recipe.schema import EngineRecipe, HardwareSheet, Role
 from fourfold.common.recipe.sizing.cache import CacheFormat
 from fourfold.common.recipe.sizing.traits import Traits
 
@@ -62,18 +62,19 @@ class Options:
         return replace(self, **changes)
 
 
-def options_of(
-    plan: EngineRecipe, role: Role, engine: str, sheet: HardwareSheet, traits: Traits, speculation: Speculation | None
-) -> Options:
-    """The options of one role.
+def options_of(plan: EngineRecipe, name: str, engine: str, sheet: HardwareSheet, traits: Traits) -> Options:
+    """The options of the role ``name``.
 
     Raises:
         FourfoldError: a value has the wrong type.
     """
+    role = next(role for key, role in plan.roles.items() if key == name)
     args = {key.replace("_", "-"): value for key, value in {**plan.args, **role.args}.items()}
     env = {**plan.env, **role.env}
     read = _Args(args)
-    return (_vllm if engine == "vllm" else _sglang)(read, env, role, sheet, traits, speculation)
+    if engine == "vllm":
+        return _vllm(read, env, role, sheet, traits)
+    return _sglang(read, env, role, sheet, traits, name == "decode")
 
 
 class _Args:
@@ -124,9 +125,7 @@ def _checkpoint_cache(traits: Traits, chosen: str) -> str:
     return "fp8" if scheme == "FP8" or isinstance(scheme, dict) and scheme.get("num_bits") == 8 else "auto"
 
 
-def _vllm(
-    read: _Args, env: Mapping[str, Any], role: Role, sheet: HardwareSheet, traits: Traits, spec: Speculation | None
-) -> Options:
+def _vllm(read: _Args, env: Mapping[str, Any], role: Role, sheet: HardwareSheet, traits: Traits) -> Options:
     cpu = sheet.compute_capability is None
     large = sheet.memory_bytes >= LARGE
     given = read.mapping("speculative-config")
@@ -170,7 +169,7 @@ def _vllm(
 
 
 def _sglang(
-    read: _Args, env: Mapping[str, Any], role: Role, sheet: HardwareSheet, traits: Traits, spec: Speculation | None
+    read: _Args, env: Mapping[str, Any], role: Role, sheet: HardwareSheet, traits: Traits, decodes: bool
 ) -> Options:
     cpu = sheet.compute_capability is None
     data = role.parallel.data
@@ -190,11 +189,10 @@ def _sglang(
     reserve = prefill * 1.5 * 2**20 + captured * 2 * 2**20  # memory_hook.py: what it leaves where it is not told
     fraction = 1 - reserve / sheet.memory_bytes if not cpu else 0.9
     total = int(read.number("max-total-tokens", 0))
-    decodes = role.args.get("disaggregation-mode") == "decode"
     return Options(
         engine="sglang",
         utilisation=read.number("mem-fraction-static", round(max(0.5, fraction), 3)),
-        batched=batched if not decodes else max(1, running // data),
+        batched=max(1, running // data) * (1 + drafted) if decodes else batched,
         sequences=max(1, running // data),
         max_length=int(read.number("context-length", traits.max_length or 32768)),
         cache=CacheFormat(

@@ -17,7 +17,7 @@ SIGNALS = 21 << 20  # MegaMoESignals: four arrays over 2^20 ring blocks
 SOURCE = 12  # TokenSrcMetadata
 CONTEXT = 1.5e9  # CUDA context and communicators
 GRAPH, GRAPH_BASE = 12e6, 0.4e9  # a captured batch size; the pool that they share
-WIDTHS = 10  # live hidden-sized BF16 tensors of a token in a layer
+WIDTHS = 6  # live hidden-sized BF16 tensors of a token in a layer
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def mega_moe_bytes(traits: Traits, parallel: Parallel, tokens: int) -> tuple[flo
 def _activations(traits: Traits, parallel: Parallel, options: Options) -> float:
     tokens = options.batched
     wide = tokens * traits.hidden * 2 * (WIDTHS + 2 * traits.streams)
-    heads = tokens * traits.heads / parallel.tensor * traits.head_dim * 2 * 3
+    heads = tokens * traits.heads / parallel.tensor * traits.head_dim * 2 * 2
     routed = 0.0
     if traits.experts and not options.mega_tokens:
         routed = tokens * traits.top_k * (traits.expert_hidden + 2 * traits.expert_inter) * 2
