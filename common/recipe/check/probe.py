@@ -159,7 +159,9 @@ def names_read(folder: Path, prefixes: str = "") -> set[str]:
     found: set[str] = set()
     for path in folder.rglob("*.py"):
         text = path.read_text(errors="ignore")
-        found.update(name for groups in pattern.findall(text) for name in ([groups] if isinstance(groups, str) else groups))
+        found.update(
+            name for groups in pattern.findall(text) for name in ([groups] if isinstance(groups, str) else groups)
+        )
     return found - {""}
 
 

@@ -99,9 +99,7 @@ def resolve(arguments: Any, case: dict[str, Any]) -> tuple[dict[str, Any], dict[
     from vllm.usage.usage_lib import UsageContext
 
     engine_args = AsyncEngineArgs.from_cli_args(arguments)
-    config = engine_args.create_engine_config(
-        usage_context=UsageContext.OPENAI_API_SERVER, headless=arguments.headless
-    )
+    config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER, headless=arguments.headless)
     requested, resolved = {}, {}
     for name, value in case["values"].items():
         action = parser._option_string_actions.get(f"--{name}")
