@@ -22,6 +22,11 @@ from fourfold.common.recipe.rendering.shell import command, lines, word
 
 HEADER = "#!/usr/bin/env bash\n"
 COMMON = "common.sh"
+SOURCE = (
+    'here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)',
+    f"# shellcheck source-path=SCRIPTDIR source={COMMON}",
+    f'source "$here/{COMMON}"',
+)
 # `set -m` gives every process a group of its own, so that its children end with it.
 FUNCTIONS = """\
 boot_seconds=${FOURFOLD_BOOT_SECONDS:-%(boot)d}
@@ -56,7 +61,7 @@ healthy() {
       echo "$1 was not healthy after $boot_seconds s: $2" >&2
       exit 1
     fi
-    sleep 5 &
+    sleep 2 &
     wait "$!" || true
   done
   echo "$1 is healthy: $2"
@@ -175,10 +180,9 @@ def _machine(of: Layout, machine: int, docker: bool) -> str:
         HEADER.rstrip(),
         f"# {of.title}.",
         f"# Machine {machine} of {of.machines}: {', '.join(process.name for process in processes)}",
+        "# shellcheck disable=SC2030,SC2031",  # each process has variables of its own
         "set -euo pipefail",
-        'here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)',
-        "# shellcheck source=/dev/null",
-        f'source "$here/{COMMON}"',
+        *SOURCE,
     ]
     for process in processes:
         text += ["", *(_container(of, process) if docker else _bare(of, process)), 'pids+=("$!")']
@@ -247,9 +251,7 @@ def _router(of: Layout, router: list[str], docker: bool) -> str:
             f"# {of.title}.",
             f"# The router, which needs `pip install {package}`; it listens on port {ROUTER_PORT}.",
             "set -euo pipefail",
-            'here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)',
-            "# shellcheck source=/dev/null",
-            f'source "$here/{COMMON}"',
+            *SOURCE,
             *waits,
             command(_pairs(words), "") + " &",
             'pids+=("$!")',

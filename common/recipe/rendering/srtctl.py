@@ -40,7 +40,7 @@ def srtctl(of: Layout) -> Rendered:
         "model": {"path": _model_path(of.model), "container": of.image, "precision": _precision(of.card.formats)},
         "identity": {"model": _identity(of), "container": {"image": of.image}},
         "resources": _resources(of),
-        "frontend": {"type": _frontend(of)},
+        "frontend": _frontend(of),
         "health_check": {"max_attempts": BOOT_SECONDS // 10, "interval_seconds": 10},
         "backend": backend,
         "benchmark": _benchmark(of),
@@ -96,11 +96,12 @@ def _resources(of: Layout) -> dict[str, Any]:
     return out
 
 
-def _frontend(of: Layout) -> str:
-    """srt-slurm's own vLLM front end takes aggregated deployments only."""
-    if of.plan.router is not None and of.plan.router.kind == "dynamo":
-        return "dynamo"
-    return "dynamo" if of.engine == "vllm" and of.plan.disaggregated else of.engine
+def _frontend(of: Layout) -> dict[str, Any]:
+    """srt-slurm's own vLLM front end takes aggregated deployments only, and one of it."""
+    named = of.plan.router.kind if of.plan.router else None
+    if named == "dynamo" or (of.engine == "vllm" and of.plan.disaggregated):
+        return {"type": "dynamo"}
+    return {"type": of.engine} | ({"enable_multiple_frontends": False} if of.engine == "vllm" else {})
 
 
 def _benchmark(of: Layout) -> dict[str, Any]:

