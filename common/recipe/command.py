@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from fourfold.common.recipe.rendering.command import render
 from fourfold.common.recipe.check.command import check, matrix, snapshot
+from fourfold.common.recipe.rendering.command import render
 from fourfold.common.recipe.show import show
 from fourfold.common.recipe.sizing.command import fit
 

@@ -45,8 +45,8 @@ def page(catalogue: Catalogue, root: Path, versions: Sequence[Target] | None = N
         "|---|---|",
         *(f"| L{i} {name} | {MEANING[name]} |" for i, name in enumerate(LEVELS)),
         "",
-        "*n*w: so many warnings, which `fourfold recipe check` prints. s: by a snapshot of the engine's options. ?: not as",
-        "it is now. –: not for this engine or version.",
+        "2w: two warnings, which `fourfold recipe check` prints. s: by a snapshot of the engine's options. ?: not",
+        "checked as it is now. –: not for this engine or version.",
         "",
     ]
     header = ["recipe", "machine", *(f"{NAMES[t.engine]} {t.version}" for t in columns)]

@@ -65,7 +65,7 @@ def culprits(message: str, names: list[str]) -> list[str]:
         text = message[len("argument ") :].split(": ", 1)[0]
     else:
         text = message
-    given = set(re.findall(r"--(?:no-)?([\w.-]+)", text))
+    given = set(re.findall(r"--([\w.-]+)", text))
     return [name for name in names if name in given or f"no-{name}" in given]
 
 
