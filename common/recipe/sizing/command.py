@@ -30,7 +30,7 @@ def fit(
     from fourfold.common.errors import FourfoldError
     from fourfold.common.recipe.launch import engine_of
     from fourfold.common.recipe.loading import Catalogue
-    from fourfold.common.recipe.sizing.fit import fit_recipe
+    from fourfold.common.recipe.sizing.fit import cases_of, with_advice
     from fourfold.common.recipe.sizing.traits import read_config, read_traits
 
     known = Catalogue(catalogue)
@@ -42,19 +42,20 @@ def fit(
     card, sheet = known.model(found.model), known.hardware(hardware or found.hardware, "--hardware")
     path = known.model_path(found.model).parent / card.config
     traits = read_traits(read_config(path), str(path))
+    drafts = {other.repo: other for other in (known.model(name) for name in known.names("models"))}
     results = [
-        fit for name in ([engine] if engine else found.engines) for fit in fit_recipe(found, name, card, traits, sheet)
+        with_advice(case)
+        for name in ([engine] if engine else found.engines)
+        for case in cases_of(found, name, card, traits, sheet, drafts)
     ]
     if as_json:
-        facts = {"recipe": found.id, "model": card.id, "hardware": sheet.id, "unknown_traits": list(traits.unknown)}
+        facts = {"recipe": found.id, "model": card.id, "hardware": sheet.id}
         typer.echo(json.dumps({**facts, "roles": [as_facts(fit) for fit in results]}, indent=1))
     else:
         from rich.console import Console
 
         console = Console()
         console.print(f"{found.id}: {card.repo} on {sheet.gpu}, {_both(sheet.memory_bytes)} each", highlight=False)
-        for line in traits.unknown:
-            console.print(f"unknown trait: {line}", highlight=False)
         for fit in results:
             _show(console, fit)
     if any(fit.verdict == "does not fit" for fit in results):
@@ -90,6 +91,7 @@ def as_facts(fit: Fit) -> dict[str, Any]:
         "verdict": fit.verdict,
         "reasons": list(fit.reasons),
         "advice": list(fit.advice),
+        "notes": list(case.notes),
     }
 
 
@@ -130,6 +132,8 @@ def _show(console: Console, fit: Fit) -> None:
     console.print(f"verdict: {fit.verdict}", style="bold", highlight=False)
     for line in fit.reasons:
         console.print(f"  because {line}", highlight=False)
+    for line in case.notes:
+        console.print(f"  note: {line}", highlight=False)
     for line in fit.advice:
         console.print(f"  try {line}", highlight=False)
 

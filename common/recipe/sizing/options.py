@@ -30,6 +30,7 @@ class Options:
     window_ratio: SGLang's tokens of the window pool for each token of the full pool.
     cache_bytes: a size that the recipe fixes itself; None: what is left.
     cache_tokens: the same in tokens (SGLang's ``max-total-tokens``).
+    draft_model: a draft model of its own.
     """
 
     engine: str
@@ -52,6 +53,7 @@ class Options:
     load_format: str | None = None
     cache_bytes: int | None = None
     cache_tokens: int | None = None
+    draft_model: str | None = None
 
     @property
     def in_flight(self) -> int:
@@ -165,6 +167,7 @@ def _vllm(read: _Args, env: Mapping[str, Any], role: Role, sheet: HardwareSheet,
         engram_offloaded=bool(read.mapping("engram-config").get("cpu_offload")),
         load_format="nvfp4" if read.text("quantization") == "fourfold_nvfp4" else None,
         cache_bytes=int(fixed) or None,
+        draft_model=str(given["model"]) if given.get("model") else None,
     )
 
 
@@ -210,4 +213,5 @@ def _sglang(
         window_ratio=read.number("swa-full-tokens-ratio", 0.1),
         load_format="nvfp4" if read.text("quantization") == "fourfold_nvfp4" else None,
         cache_tokens=total or None,
+        draft_model=read.text("speculative-draft-model-path") or None,
     )
