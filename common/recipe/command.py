@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fourfold.common.recipe.check.command import check, matrix, snapshot
+from fourfold.common.recipe.dayzero.command import new
 from fourfold.common.recipe.rendering.command import render
 from fourfold.common.recipe.show import show
 from fourfold.common.recipe.sizing.command import fit
@@ -56,6 +57,7 @@ def schema(
 
 
 recipe_app.command()(show)
+recipe_app.command()(new)
 recipe_app.command()(render)
 recipe_app.command()(fit)
 recipe_app.command()(check)

@@ -111,7 +111,7 @@ class Catalogue:
             return path
         if str(wanted) in self.recipe_paths:
             return self.recipe_paths[str(wanted)]
-        raise FourfoldError(f"recipe {wanted}: no such file or id{_nearest(str(wanted)[:200], self.recipe_paths)}")
+        raise FourfoldError(f"recipe {wanted}: no such file or id{nearest(str(wanted)[:200], self.recipe_paths)}")
 
     def model(self, name: str, source: Path | str = "model") -> ModelCard:
         """A model card."""
@@ -162,7 +162,7 @@ class Catalogue:
                 if getattr(sheet, "id") != name:  # noqa: B009
                     raise FourfoldError(f"{path}: id: {getattr(sheet, 'id')!r}; expected {name!r}")  # noqa: B009
                 return sheet
-        raise FourfoldError(f"{source}: no file {folder}/{name}.yaml{_nearest(name, self.names(folder))}")
+        raise FourfoldError(f"{source}: no file {folder}/{name}.yaml{nearest(name, self.names(folder))}")
 
     def _resolved(self, path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         """The file's mapping, with what it extends below it."""
@@ -182,7 +182,7 @@ class Catalogue:
         if beside.is_file():  # a folder of recipes need not be a root
             found = beside
         if found is None:
-            raise FourfoldError(f"{path}: extends: {base}: no such recipe{_nearest(base, self.recipe_paths)}")
+            raise FourfoldError(f"{path}: extends: {base}: no such recipe{nearest(base, self.recipe_paths)}")
         return merged(self._resolved(found, (*chain, path)), data)
 
 
@@ -210,6 +210,7 @@ def _is(path: Path, kind: Literal["dir", "file"]) -> bool:
         return False
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known) or 'none'}"
