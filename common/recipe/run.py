@@ -1,0 +1,302 @@
+"""``fourfold recipe run``: start a recipe's processes on this machine, and end them all.
+
+The machine has to be what the recipe is for: its number of GPUs and their compute capability, or a processor for
+recipes of the sheet ``cpu``; a deployment of several machines is refused before anything starts. Every server is an
+`EngineServer`, in a process group of its own. Interrupting or terminating the command ends all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fourfold.common.errors import FourfoldError
+from fourfold.common.serving import EngineServer, free_port, installed_engine
+
+if TYPE_CHECKING:
+    from fourfold.common.recipe.rendering.layout import Layout, Process
+    from fourfold.common.recipe.schema import ModelCard
+
+LOCAL = "127.0.0.1"
+CPU_BOOT_SECONDS = 900
+
+
+@dataclass
+class RouterServer(EngineServer):
+    """A router, run as the servers are."""
+
+    line: Sequence[str] = ()
+
+    def command(self) -> list[str]:
+        """The command line."""
+        return list(self.line)
+
+
+@dataclass
+class Deployment:
+    """What runs.
+
+    Attributes:
+        servers: name to server, in the order to start them.
+        router: what stands before them, if anything.
+    """
+
+    servers: dict[str, EngineServer]
+    router: EngineServer | None = None
+    boot_seconds: float = CPU_BOOT_SECONDS
+    serving: list[str] = field(default_factory=list)
+
+    @property
+    def endpoint(self) -> str:
+        """Where requests go."""
+        first = self.router or self.servers[self.serving[0]]
+        return f"{first.url}/v1"
+
+    @property
+    def all(self) -> dict[str, EngineServer]:
+        return {**self.servers, **({"router": self.router} if self.router else {})}
+
+    def start(self, tick: Callable[[str], None] = lambda line: None) -> None:
+        """Start everything and wait until it is healthy.
+
+        Raises:
+            FourfoldError: a process ended or was not healthy in time; the end of its log is in the message.
+        """
+        for server in self.servers.values():
+            server.start()
+        for name in self.serving:
+            self.servers[name].wait(self.boot_seconds, lambda line, name=name: tick(f"{name}: {line[:120]}"))
+        if self.router is not None:
+            self.router.start()
+            self.router.wait(120, lambda line: tick(f"router: {line[:120]}"))
+
+    def ended(self) -> str | None:
+        """Name and status of a process that ended."""
+        for name, server in self.all.items():
+            if server.process is not None and server.process.poll() is not None:
+                return f"{name} ended with status {server.process.returncode}\n{server.tail()}"
+        return None
+
+    def stop(self) -> None:
+        """End every process."""
+        for server in reversed(self.all.values()):
+            server.stop()
+
+
+def deployment(of: Layout, logs: Path, port: int = 0) -> Deployment:
+    """The processes of a layout on this machine.
+
+    Args:
+        port: of the endpoint; 0: 8000, or a free one.
+
+    Raises:
+        FourfoldError: the machine is not the recipe's, or an engine or a router is not installed.
+    """
+    from fourfold.common.recipe.rendering.layout import BOOT_SECONDS, router_command, router_kind
+
+    check_machine(of)
+    check_engine(of)
+    endpoint = free_port(port or 8000)
+    if port and endpoint != port:
+        raise FourfoldError(f"--port {port}: in use; take another one, or leave it out")
+    routed = router_kind(of) is not None
+    servers: dict[str, EngineServer] = {}
+    processes: list[Process] = []
+    for process in of.processes:
+        own = endpoint if not routed and not processes else free_port()
+        start = replace(process.start, port=own)
+        arguments = [_local(word, of.model) for word in start.arguments]
+        env = {name: _local(value, of.model) for name, value in start.env.items()}
+        if of.gpu:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(str(process.first_gpu + i) for i in range(start.gpus))
+        log = logs / f"{process.name}.log"
+        servers[process.name] = EngineServer(
+            of.engine, of.model, log, _without(arguments, "--host", "--port"), env, own, cpu=not of.gpu
+        )
+        processes.append(replace(process, start=start))
+    boot = BOOT_SECONDS if of.gpu else CPU_BOOT_SECONDS
+    made = Deployment(servers, None, boot, [process.name for process in processes if process.start.serves])
+    line = router_command(replace(of, processes=processes), lambda process: LOCAL, endpoint)
+    if line is not None:
+        _check_router(line)
+        line = [sys.executable if word == "python3" else word for word in line]
+        made.router = RouterServer(of.engine, of.model, logs / "router.log", port=endpoint, line=line)
+    return made
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_machine(of: Layout) -> None:
+    """Refuse another machine than the recipe's.
+
+    Raises:
+        FourfoldError: says what is here, what is expected and what to do.
+    """
+    if of.machines > 1:
+        raise FourfoldError(
+            f"recipe {of.recipe.id}: needs {of.machines} machines of {of.sheet.id}; run starts one. "
+            f"`fourfold recipe render {of.recipe.id} --engine {of.engine} --target slurm` starts all"
+        )
+    if not of.gpu:
+        return
+    needed = sum(process.start.gpus for process in of.processes)
+    found = gpus_here()
+    if len(found) < needed:
+        raise FourfoldError(
+            f"recipe {of.recipe.id}: needs {needed} GPUs ({of.sheet.gpu}); nvidia-smi shows {len(found)} here. "
+            "Recipes whose hardware is cpu run without one; `fourfold recipe rehearse` tries this one on a processor"
+        )
+    other = sorted({capability for capability in found if capability != of.sheet.compute_capability})
+    if other:
+        raise FourfoldError(
+            f"recipe {of.recipe.id}: is for {of.sheet.gpu}, compute capability {of.sheet.compute_capability}; "
+            f"here is {', '.join(other)}. Take a recipe of that hardware: `fourfold recipe list`"
+        )
+
+
+def gpus_here() -> list[str]:
+    """The compute capability of each GPU of this machine; empty where there is no driver."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return re.findall(r"^\s*(\d+\.\d+)\s*$", done.stdout, re.MULTILINE) if done.returncode == 0 else []
+
+
+def check_engine(of: Layout) -> str:
+    """The installed engine's version.
+
+    Raises:
+        FourfoldError: this environment holds another engine, or a version outside the recipe's range.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    name, version = installed_engine()
+    if name != of.engine:
+        raise FourfoldError(f"--engine {of.engine}: this environment has {name} {version}; run it in {of.engine}'s")
+    if not SpecifierSet(of.plan.versions).contains(version, prereleases=True):
+        raise FourfoldError(f"recipe {of.recipe.id}: is for {name} {of.plan.versions}; this environment has {version}")
+    return version
+
+
+def weights(card: ModelCard, given: str | None) -> str:
+    """Path or repository to serve: what was given, the demonstration's own model, or the card's repository.
+
+    Raises:
+        FourfoldError: ``given`` is no directory.
+    """
+    from fourfold.common.demo.model import resolve
+
+    if given is not None:
+        if not (Path(given) / "config.json").is_file():
+            raise FourfoldError(f"--model {given}: expected the directory of a model, with its config.json")
+        return str(Path(given).resolve())
+    if card.id == "smollm2-135m-instruct":
+        return str(resolve("smollm2"))
+    return card.repo
+
+
+def _check_router(line: Sequence[str]) -> None:
+    package = "vllm-router" if line[0] == "vllm-router" else "sglang-router"
+    there = shutil.which(line[0]) if package == "vllm-router" else importlib.util.find_spec("sglang_router")
+    if not there:
+        raise FourfoldError(f"the recipe has several servers, whose router is not installed: pip install {package}")
+
+
+def _local(word: str, model: str) -> str:
+    from fourfold.common.recipe.rendering.layout import HEAD, HOST, MODEL
+
+    return word.replace(HEAD, LOCAL).replace(HOST, LOCAL).replace(MODEL, model)
+
+
+def _without(arguments: Sequence[str], *options: str) -> list[str]:
+    """Arguments without options of one value."""
+    return [word for i, word in enumerate(arguments) if word not in options and not (i and arguments[i - 1] in options)]
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="Id of a recipe, or its file.")],
+    engine: Annotated[str, typer.Option(help="vllm or sglang: the engine of this environment.")],
+    model: Annotated[str | None, typer.Option(help="Directory of the weights. Default: the recipe's.")] = None,
+    port: Annotated[int, typer.Option(help="Port of the endpoint. Default: 8000, or a free one.")] = 0,
+    logs: Annotated[Path | None, typer.Option(help="Folder for the processes' logs. Default: a new one.")] = None,
+    catalogue: Annotated[
+        list[Path] | None, typer.Option("--catalogue", help="Folder with recipes and sheets of your own; repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print where it answers as one line of JSON.")] = False,
+) -> None:
+    """Start a recipe on this machine, say where it answers, and serve until Ctrl-C."""
+    from rich.console import Console
+
+    from fourfold.common.recipe.loading import Catalogue
+    from fourfold.common.recipe.rendering.layout import layout
+
+    known = Catalogue(catalogue)
+    found = known.recipe(recipe)
+    card, sheet = known.model(found.model), known.hardware(found.hardware)
+    of = layout(found, engine, card, sheet, "unresolved")
+    check_machine(of)  # before any weights are looked for
+    check_engine(of)
+    of = replace(of, model=weights(card, model))
+    folder = logs or Path(tempfile.mkdtemp(prefix="fourfold-run-"))
+    made = deployment(of, folder, port)
+    console = Console(stderr=True)
+    try:
+        with interruptible():
+            with console.status("starting") as status:
+                made.start(status.update)
+            _announce(made, of, folder, as_json)
+            while (gone := made.ended()) is None:
+                time.sleep(1)
+            raise FourfoldError(gone)
+    except KeyboardInterrupt:
+        console.print("stopping")
+    finally:
+        made.stop()
+
+
+def _announce(made: Deployment, of: Layout, folder: Path, as_json: bool) -> None:
+    metrics = [f"{made.servers[name].url}/metrics" for name in made.serving]
+    if of.engine == "sglang" and not all("--enable-metrics" in made.servers[name].args for name in made.serving):
+        metrics = []
+    facts: dict[str, Any] = {"endpoint": made.endpoint, "model": of.model, "metrics": metrics, "logs": str(folder)}
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        typer.echo(f"endpoint  {made.endpoint} (model {of.model})")
+        typer.echo(f"metrics   {', '.join(metrics) or 'none: SGLang has them with enable-metrics'}")
+        typer.echo(f"logs      {folder}")
+        typer.echo("Ctrl-C ends it")
+    sys.stdout.flush()
