@@ -10,7 +10,9 @@ import typer
 
 from fourfold.common.recipe.check.command import check, matrix, snapshot
 from fourfold.common.recipe.dayzero.command import new
+from fourfold.common.recipe.rehearsing.command import rehearse
 from fourfold.common.recipe.rendering.command import render
+from fourfold.common.recipe.run import run
 from fourfold.common.recipe.show import show
 from fourfold.common.recipe.sizing.command import fit
 
@@ -63,3 +65,5 @@ recipe_app.command()(fit)
 recipe_app.command()(check)
 recipe_app.command()(snapshot)
 recipe_app.command()(matrix)
+recipe_app.command()(rehearse)
+recipe_app.command()(run)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fourfold.common.recipe.schema import ModelCard
 
 LOCAL = "127.0.0.1"
+OWN_DRAFT = re.compile(r"fourfold/([a-z0-9.-]+)-mtp-(vllm|sglang)")  # a draft directory of one of fourfold's heads
 CPU_BOOT_SECONDS = 900
 
 
@@ -119,7 +120,8 @@ def deployment(of: Layout, logs: Path, port: int = 0) -> Deployment:
     processes: list[Process] = []
     for process in of.processes:
         own = endpoint if not routed and not processes else free_port()
-        start = replace(process.start, port=own)
+        options = with_own_drafts(process.start.options, logs / "drafts")
+        start = replace(process.start, port=own, options=options)
         arguments = [_local(word, of.model) for word in start.arguments]
         env = {name: _local(value, of.model) for name, value in start.env.items()}
         if of.gpu:
@@ -228,6 +230,28 @@ def weights(card: ModelCard, given: str | None) -> str:
     return card.repo
 
 
+def with_own_drafts(value: Any, folder: Path) -> Any:
+    """Options in which the name of a draft directory of fourfold's own heads is the directory, made where it is not.
+
+    Raises:
+        FourfoldError: fourfold has no such head.
+    """
+    from fourfold import recipes
+    from fourfold.common.mtp.extract import extract
+
+    if isinstance(value, Mapping):
+        return {name: with_own_drafts(inner, folder) for name, inner in value.items()}
+    named = OWN_DRAFT.fullmatch(value) if isinstance(value, str) else None
+    if named is None:
+        return value
+    head, made = Path(recipes.__file__).parent / "heads" / named[1], folder / f"{named[1]}-{named[2]}"
+    if not (head / "config.json").is_file():
+        raise FourfoldError(f"{value}: fourfold has no head {named[1]}; expected a draft directory")
+    if not made.exists():
+        extract(head, made, "vllm" if named[2] == "vllm" else "sglang")
+    return str(made)
+
+
 def _check_router(line: Sequence[str]) -> None:
     package = "vllm-router" if line[0] == "vllm-router" else "sglang-router"
     there = shutil.which(line[0]) if package == "vllm-router" else importlib.util.find_spec("sglang_router")
@@ -273,18 +297,21 @@ def run(
     folder = logs or Path(tempfile.mkdtemp(prefix="fourfold-run-"))
     made = deployment(of, folder, port)
     console = Console(stderr=True)
-    try:
-        with interruptible():
+    with interruptible():
+        try:
             with console.status("starting") as status:
                 made.start(status.update)
             _announce(made, of, folder, as_json)
             while (gone := made.ended()) is None:
                 time.sleep(1)
             raise FourfoldError(gone)
-    except KeyboardInterrupt:
-        console.print("stopping")
-    finally:
-        made.stop()
+        except KeyboardInterrupt:
+            console.print("stopping")
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # a second one would leave processes behind
+            made.stop()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _announce(made: Deployment, of: Layout, folder: Path, as_json: bool) -> None:

@@ -1,0 +1,305 @@
+"""Rehearse a recipe: its flags on the real engine on a processor, with a small random model in the published layout.
+
+One rank of one server stands for the deployment; of prefill and decode the decode role's options run, aggregated. The
+answers have to be the ones that the replica is known to give, those with drafts equal to those without, and the
+engine's own counters have to show that it drafted. What was not rehearsed is part of the result.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fourfold.common.errors import FourfoldError
+from fourfold.common.recipe.launch import engine_of, flags
+from fourfold.common.recipe.loading import Catalogue
+from fourfold.common.recipe.rehearsing import speculation
+from fourfold.common.recipe.rehearsing.replica import Replica, continuation, prompts, write_replica
+from fourfold.common.recipe.rehearsing.substitutions import Substitution, substituted
+from fourfold.common.recipe.rehearsing.traits import read_traits
+from fourfold.common.recipe.schema import EngineRecipe, Recipe
+from fourfold.common.serving import EngineServer, installed_engine
+
+PROMPTS, TOKENS, AT_ONCE = 6, 40, 3
+NEVER = (
+    "the kernels that a GPU runs: attention, experts, quantised products, graphs, compilation",
+    "NVLink, networks, and ranks that work together",
+    "memory: what fits, and for how many requests",
+    "speed",
+    "the model's own weights, tokenizer and chat template",
+)
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """One check: what was found, in one clause."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a server said.
+
+    Attributes:
+        texts: greedy continuations of `prompts`.
+        chat: the content of a chat answer; None: it was null.
+        drafts: verified drafts, ``drafted`` tokens in them and ``accepted`` ones; None: not counted.
+    """
+
+    texts: list[str]
+    chat: str | None
+    drafts: int | None = None
+    drafted: int | None = None
+    accepted: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a rehearsal showed.
+
+    Attributes:
+        version: of the engine.
+        replica: architecture, and the model that it stands for.
+        without: answers without speculation, for further rehearsals of the same replica.
+    """
+
+    recipe: str
+    engine: str
+    version: str
+    replica: dict[str, Any]
+    checks: list[Rehearsed]
+    substitutions: list[Substitution]
+    not_rehearsed: list[str]
+    without: Answers | None = field(default=None, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.ok for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        out = asdict(self) | {"ok": self.ok}
+        out.pop("without")
+        return out
+
+
+def proof(result: Result) -> dict[str, Any]:
+    """What a passed rehearsal proves, for a file of proofs (level 5).
+
+    Raises:
+        FourfoldError: it did not pass.
+    """
+    if not result.ok:
+        failed = ", ".join(check.name for check in result.checks if not check.ok)
+        raise FourfoldError(f"recipe {result.recipe}: the rehearsal failed ({failed}) and proves nothing")
+    facts = result.to_json()
+    del facts["ok"]
+    return {"level": 5, "date": datetime.date.today().isoformat(), **facts}
+
+
+def rehearse(
+    known: Catalogue,
+    wanted: str | Path,
+    engine: str,
+    logs: Path | None = None,
+    without: Answers | None = None,
+    tick: Callable[[str], None] = lambda line: None,
+) -> Result:
+    """Rehearse a recipe with the engine of this environment.
+
+    Args:
+        logs: folder for the servers' logs; default: a new one.
+        without: answers of the same replica without speculation, from an earlier result; None: a server gives them.
+        tick: called with a line of progress.
+
+    Raises:
+        FourfoldError: no such recipe or engine, or the engine does not start with these options; the message has the
+            end of its log.
+    """
+    recipe = known.recipe(wanted)
+    plan = engine_of(recipe, engine)
+    version = _installed(recipe, plan, engine)
+    role = "decode" if plan.disaggregated else "aggregated"
+    options, env, changes = substituted(recipe, engine, plan, role)
+    folder = logs or Path(tempfile.mkdtemp(prefix="fourfold-rehearsal-"))
+    card = known.model(recipe.rehearsal.proxy if recipe.rehearsal and recipe.rehearsal.proxy else recipe.model)
+    config = json.loads(known.model_path(card.id).with_name(card.config).read_text())
+    traits = read_traits(config)
+    speculates = speculation.asked(engine, options) is not None
+    with tempfile.TemporaryDirectory(prefix="fourfold-replica-") as scratch:
+        tick("writing the replica")
+        replica = write_replica(Path(scratch), traits, engine, speculation.needs_head(engine, options))
+        used, more = speculation.with_replica(engine, options, replica)
+        if plan.fourfold is not None:
+            settings = plan.fourfold.model_dump(exclude_unset=True)
+            if engine == "vllm":
+                used["additional-config"] = {"fourfold": settings}
+            else:
+                env["FOURFOLD_CONFIG"] = json.dumps(settings)
+        log = folder / f"{engine}.log"
+        answers = _serve(engine, replica, used, env, log, speculates, tick)
+        if speculates and without is None:
+            log_without = folder / f"{engine}-without.log"
+            plain = speculation.without(used)
+            without = _serve(engine, replica, plain, env, log_without, False, tick)
+    checks = _checks(answers, without if speculates else None, speculates)
+    checks += _fourfold(plan, used, log)
+    return Result(
+        recipe.id,
+        engine,
+        version,
+        _described(recipe, card.id, replica),
+        checks,
+        changes + more,
+        _not_rehearsed(recipe, plan, replica),
+        without if speculates else answers,
+    )
+
+
+def _installed(recipe: Recipe, plan: EngineRecipe, engine: str) -> str:
+    from packaging.specifiers import SpecifierSet
+
+    name, version = installed_engine()
+    if name != engine:
+        raise FourfoldError(f"--engine {engine}: this environment has {name} {version}; run it in {engine}'s")
+    if not SpecifierSet(plan.versions).contains(version, prereleases=True):
+        raise FourfoldError(f"recipe {recipe.id}: is for {name} {plan.versions}; this environment has {version}")
+    return version
+
+
+def _serve(
+    engine: str,
+    replica: Replica,
+    options: dict[str, Any],
+    env: dict[str, str],
+    log: Path,
+    speculates: bool,
+    tick: Callable[[str], None],
+) -> Answers:
+    """Start a server, ask it everything, and end it."""
+    server = EngineServer(engine, str(replica.model), log, flags(engine, options), env)
+    try:
+        server.start()
+        server.wait(tick=lambda line: tick(f"{log.stem}: {line[:100]}"))
+        tick(f"{log.stem}: asking")
+        return ask(server, speculates)
+    finally:
+        server.stop()
+
+
+def ask(server: EngineServer, speculates: bool) -> Answers:
+    """The answers of a running server to `prompts`, several at once, and what it counted meanwhile."""
+    before = _vllm_counts(server) if speculates and server.engine == "vllm" else {}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = list(pool.map(lambda text: _complete(server, text, speculates), prompts(PROMPTS)))
+    counts: dict[str, int] = {}
+    if speculates and server.engine == "vllm":
+        counts = {name: value - before[name] for name, value in _vllm_counts(server).items()}
+    elif speculates:
+        counts = {name: sum(one[name] for _, one in found) for name in ("drafts", "drafted", "accepted")}
+    messages = [{"role": "user", "content": prompts(1)[0]}]
+    body = {"model": server.model, "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    chat = server.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    return Answers([text for text, _ in found], chat, **counts)
+
+
+def _complete(server: EngineServer, text: str, counted: bool) -> tuple[str, dict[str, int]]:
+    if server.engine == "sglang" and counted:  # its metrics are not on by default; each answer carries the counts
+        parameters = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        answer = server.post("/generate", {"text": text, "sampling_params": parameters})
+        meta = answer["meta_info"]
+        steps = meta.get("spec_correct_drafts_histogram", [])
+        drafts = int(meta.get("spec_verify_ct", 0))
+        drafted = int(meta.get("spec_proposed_drafts", meta.get("spec_draft_token_num", 0)) or 0)
+        accepted = sum(good * count for good, count in enumerate(steps))
+        return str(answer["text"]), {"drafts": drafts, "drafted": drafted, "accepted": accepted}
+    body = {"model": server.model, "prompt": text, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    return str(server.post("/v1/completions", body)["choices"][0]["text"]), {}
+
+
+def _vllm_counts(server: EngineServer) -> dict[str, int]:
+    from fourfold.common.mtp.probe import read_metrics
+
+    names = {"drafts": "drafts", "drafted": "draft_tokens", "accepted": "accepted_tokens"}
+    samples = read_metrics(server.url)
+    return {
+        short: int(sum(v for (metric, _), v in samples.items() if metric == f"vllm:spec_decode_num_{name}_total"))
+        for short, name in names.items()
+    }
+
+
+def _checks(answers: Answers, without: Answers | None, speculates: bool) -> list[Rehearsed]:
+    expected = [continuation(text, TOKENS) for text in prompts(PROMPTS)]
+    checks = [
+        Rehearsed("answers", answers.texts == expected, _agree("the replica's own text", answers.texts, expected))
+    ]
+    if without is not None:
+        same = answers.texts == without.texts
+        checks.append(Rehearsed("speculation", same, _agree("those without drafts", answers.texts, without.texts)))
+    if speculates:
+        share = "" if not answers.drafted else f" of {answers.drafted} tokens"
+        detail = f"{answers.drafts} drafts verified, {answers.accepted}{share} accepted"
+        checks.append(Rehearsed("drafts", bool(answers.drafts), detail))
+        checks.append(Rehearsed("acceptance", bool(answers.accepted), detail))
+    content = bool(answers.chat) and all(answers.texts)
+    checks.append(Rehearsed("content", content, "no null content" if content else "an answer without content"))
+    return checks
+
+
+def _agree(what: str, found: Sequence[str], expected: Sequence[str]) -> str:
+    other = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
+    if not other:
+        return f"{len(found)} of {len(found)} are {what}"
+    first = other[0]
+    pairs = zip(found[first], expected[first], strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found[first]), len(expected[first])))
+    return f"{len(other)} of {len(found)} are not {what}; answer {first} from token {at}"
+
+
+def _fourfold(plan: EngineRecipe, options: dict[str, Any], log: Path) -> list[Rehearsed]:
+    """What fourfold says of itself, where the recipe turns it on."""
+    if "fourfold" not in str(options.get("quantization", "")):
+        return []
+    lines = [line for line in log.read_text(errors="replace").splitlines() if "fourfold: nvfp4" in line]
+    detail = lines[0][lines[0].index("fourfold:") :][:160] if lines else "no line 'fourfold: nvfp4' in the log"
+    return [Rehearsed("quantisation", bool(lines), detail)]
+
+
+def _described(recipe: Recipe, card: str, replica: Replica) -> dict[str, Any]:
+    traits = replica.traits
+    return {
+        "model": recipe.model,
+        "proxy": card if card != recipe.model else None,
+        "architecture": traits.architecture,
+        "family": traits.family,
+        "exact": traits.exact and card == recipe.model,
+        "head": None if replica.draft is None else "fourfold's FourfoldMTP",
+    }
+
+
+def _not_rehearsed(recipe: Recipe, plan: EngineRecipe, replica: Replica) -> list[str]:
+    traits, out = replica.traits, []
+    if recipe.rehearsal and recipe.rehearsal.proxy and recipe.rehearsal.proxy != recipe.model:
+        out.append(f"{recipe.model} itself: {recipe.rehearsal.proxy} stands for it ({recipe.rehearsal.reason})")
+    if not traits.exact:
+        out.append(f"{traits.architecture}: a {traits.family} replica stands for it")
+    out += traits.missing
+    if plan.disaggregated:
+        out.append(
+            "prefill and decode apart: the decode role ran as one server; transfer of the KV cache, prefill's args"
+        )
+    if plan.router is not None and plan.router.kind != "none":
+        out.append(f"the router ({plan.router.kind})")
+    if replica.draft is not None and replica.traits.family != "llama":
+        out.append("the engine's own class for the model's MTP head: fourfold's drafted")
+    return [*out, *NEVER]
