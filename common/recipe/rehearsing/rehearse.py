@@ -218,11 +218,9 @@ def _complete(server: EngineServer, text: str, counted: bool) -> tuple[str, dict
         parameters = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
         answer = server.post("/generate", {"text": text, "sampling_params": parameters})
         meta = answer["meta_info"]
-        steps = meta.get("spec_correct_drafts_histogram", [])
-        drafts = int(meta.get("spec_verify_ct", 0))
-        drafted = int(meta.get("spec_proposed_drafts", meta.get("spec_draft_token_num", 0)) or 0)
-        accepted = sum(good * count for good, count in enumerate(steps))
-        return str(answer["text"]), {"drafts": drafts, "drafted": drafted, "accepted": accepted}
+        names = {"drafts": "verify_ct", "drafted": "num_proposed_drafts", "accepted": "num_correct_drafts"}
+        counts = {name: int(meta.get(f"spec_{key}", 0)) for name, key in names.items()}
+        return str(answer["text"]), counts
     body = {"model": server.model, "prompt": text, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
     return str(server.post("/v1/completions", body)["choices"][0]["text"]), {}
 

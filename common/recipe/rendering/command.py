@@ -58,7 +58,7 @@ def rendered(known: object, recipe: str | Path, engine: str, target: str, model:
         FourfoldError: no such recipe, engine or target, or the target cannot say what the recipe does.
     """
     from fourfold.common.recipe.loading import Catalogue
-    from fourfold.common.recipe.rendering.layout import layout
+    from fourfold.common.recipe.rendering.layout import Rendered, draft_notes, layout
 
     assert isinstance(known, Catalogue)
     if target not in TARGETS:
@@ -66,7 +66,9 @@ def rendered(known: object, recipe: str | Path, engine: str, target: str, model:
     found = known.recipe(recipe)
     card, sheet = known.model(found.model), known.hardware(found.hardware)
     packed = target in ("bash", "docker", "slurm")
-    return _maker(target)(layout(found, engine, card, sheet, model, packed=packed))
+    of = layout(found, engine, card, sheet, model, packed=packed)
+    made = _maker(target)(of)
+    return Rendered(made.files, made.notes + draft_notes(of))
 
 
 def _maker(target: str) -> Callable[[Layout], Rendered]:

@@ -237,6 +237,17 @@ def fourfold_notes(of: Layout) -> list[str]:
     return [f"the recipe uses fourfold: build an image from {of.image} with `pip install fourfold` and name it instead"]
 
 
+def draft_notes(of: Layout) -> list[str]:
+    """What to do for a draft directory of one of fourfold's own heads."""
+    given = repr([process.start.options for process in of.processes])
+    named = sorted({match[0] for match in re.finditer(r"fourfold/([a-z0-9.-]+)-mtp-(?:vllm|sglang)", given)})
+    return [
+        f"{name}: a directory that `fourfold mtp extract HEAD {name} --engine {of.engine}` makes of the head that "
+        "fourfold ships below recipes/heads"
+        for name in named
+    ]
+
+
 def machine_file(of: Layout, machine: int, suffix: str = ".sh") -> str:
     """The file of one machine."""
     return str(PurePosixPath(f"node-{machine:0{len(str(of.machines - 1))}d}{suffix}"))
