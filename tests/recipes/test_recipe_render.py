@@ -154,7 +154,7 @@ DYNAMO = _object(
     {
         "subComponentType": {"enum": ["prefill", "decode"]},
         "multinode": _object({"nodeCount": {"type": "integer", "minimum": 2}}),
-        "labels": LABELS,
+        "extraPodMetadata": _object({"labels": LABELS}),
         "resources": _object({"limits": _object({"gpu": TEXT})}, {"claims": ANY}),
         "sharedMemory": _object({"size": TEXT}),
         "extraPodSpec": _object(

@@ -75,7 +75,7 @@ def _service(of: Layout, role: str, image: str) -> dict[str, Any]:
     out["replicas"] = of.role(role).replicas
     if start.nodes > 1:
         out["multinode"] = {"nodeCount": start.nodes}
-    out["labels"] = k8s.labels(of, role)
+    out["extraPodMetadata"] = {"labels": k8s.labels(of, role)}
     if of.gpu:
         out["resources"] = {"limits": {"gpu": str(start.gpus)}}
         extra["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
