@@ -10,6 +10,7 @@ import typer
 
 from fourfold.common.recipe.check.command import check, matrix, snapshot
 from fourfold.common.recipe.dayzero.command import new
+from fourfold.common.recipe.planning.command import plan
 from fourfold.common.recipe.rehearsing.command import rehearse
 from fourfold.common.recipe.rendering.command import render
 from fourfold.common.recipe.run import run
@@ -67,3 +68,4 @@ recipe_app.command()(snapshot)
 recipe_app.command()(matrix)
 recipe_app.command()(rehearse)
 recipe_app.command()(run)
+recipe_app.command()(plan)
