@@ -143,9 +143,9 @@ def test_every_recipe_has_a_variant_with_fourfold_or_says_why_not(recipes: dict[
     assert (variant in recipes) != ("No variant with fourfold" in notes)
     if variant in recipes:
         assert recipes[variant].extends == name
-        assert any(plan.fourfold is not None for plan in recipes[variant].engines.values())
+        assert "fourfold." in str(recipes[variant].engines)
         assert not recipes[variant].evidence, "what is published is of the stock engine"
-    assert all(plan.fourfold is None for plan in recipes[name].engines.values())
+    assert "fourfold." not in str(recipes[name].engines)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -158,7 +158,12 @@ def test_fourfold_claims_no_more_than_it_has(recipes: dict[str, Recipe], name: s
             if args.get("quantization") == "fourfold_nvfp4":
                 assert "experts" not in card.formats, "experts are not served by fourfold's quantisation"
             hybrid = "HybridWorker" in str(args.get("worker-cls"))
-            if hybrid or args.get("speculative-algorithm") == "FOURFOLD_MTP":
+            adaptive = "AdaptiveScheduler" in str(args.get("scheduler-cls"))
+            if adaptive:
+                table = args["speculative-config"]["num_speculative_tokens_per_batch_size"]
+                assert table == [[1, args["max-num-seqs"], args["speculative-config"]["num_speculative_tokens"]]]
+                assert args["compilation-config"]["cudagraph_mode"] == "PIECEWISE"
+            if hybrid or adaptive or args.get("speculative-algorithm") == "FOURFOLD_MTP":
                 assert role.parallel.data == 1 and recipe.speculation and recipe.speculation.method == "mtp"
                 assert card.id == "smollm2-135m-instruct" or plan.env.get("VLLM_USE_V2_MODEL_RUNNER") == 0
             if hybrid:
