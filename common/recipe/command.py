@@ -10,6 +10,7 @@ import typer
 
 from fourfold.common.recipe.check.command import check, matrix, snapshot
 from fourfold.common.recipe.dayzero.command import new
+from fourfold.common.recipe.importing.command import import_
 from fourfold.common.recipe.planning.command import plan
 from fourfold.common.recipe.rehearsing.command import rehearse
 from fourfold.common.recipe.rendering.command import render
@@ -69,3 +70,4 @@ recipe_app.command()(matrix)
 recipe_app.command()(rehearse)
 recipe_app.command()(run)
 recipe_app.command()(plan)
+recipe_app.command("import")(import_)

@@ -1,0 +1,109 @@
+"""``fourfold recipe import``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fourfold.common.recipe.importing.collection import Collection
+    from fourfold.common.recipe.importing.result import Imported
+
+
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="A YAML file of srt-slurm, InferenceX or vllm-project/recipes, or a folder of them.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Write the recipes below this folder, as model/name.yaml; default: only report.")
+    ] = None,
+    hardware: Annotated[str, typer.Option(help="vllm-project only: gb300, gb200, b300, b200 or h200.")] = "gb300",
+    variant: Annotated[str, typer.Option(help="vllm-project only: which of the file's variants.")] = "default",
+    feature: Annotated[
+        list[str] | None, typer.Option(help="vllm-project only: an opt-in feature, such as spec_decoding; repeatable.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")] = False,
+    catalogue: Annotated[
+        list[Path] | None,
+        typer.Option("--catalogue", help="Folder with model cards and hardware sheets of your own; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Read another project's recipes into ours, give them today's names, and say what rotted.
+
+    Each old name is shown with what the engines do with it (refuse, ignore, warn) and what took its place; what has no
+    place in a recipe is listed. Nothing in a file is run. Exit status 1 where an engine still refuses something.
+    """
+    from fourfold.common.errors import FourfoldError
+    from fourfold.common.recipe.importing import collection as made
+    from fourfold.common.recipe.loading import Catalogue
+
+    known, choice = Catalogue(catalogue), made.Choice(hardware, variant, tuple(feature or ()))
+    if source.is_dir():
+        found = made.import_folder(source, known, choice)
+        if not found.imported and not found.failed:
+            raise FourfoldError(f"{source}: no recipe of srt-slurm or vllm-project/recipes below it")
+    else:
+        found = made.Collection(made.import_file(source, known, choice))
+    files = made.write(found.imported, out, overwrite) if out else []
+    if as_json:
+        shown = {
+            "files": found.files,
+            "counts": found.counts(),
+            "recipes": [made.as_json(item) for item in found.imported],
+            "failed": found.failed,
+            "others": [str(path) for path in found.others],
+            "written": [str(path) for path in files],
+        }
+        typer.echo(json.dumps(shown, indent=1, default=str))
+    else:
+        if not source.is_dir():
+            for item in found.imported:
+                _show(item)
+        _summary(found)
+        for path in files:
+            typer.echo(f"wrote {path}")
+    raise typer.Exit(1 if any(item.left for item in found.imported) else 0)
+
+
+def _show(item: Imported) -> None:
+    (engine,) = item.data["engines"]
+    typer.echo(f"{item.id} ({engine})")
+    for roles, rename in item.renames():
+        typer.echo(f"  {roles}: {rename.text} [{rename.source}]")
+    for refusal in item.left:
+        typer.echo(f"  still refused by {refusal.engine}: {refusal.where}: {refusal.message}")
+    for line in dict.fromkeys(item.unknown):
+        typer.echo(f"  not carried over: {line}")
+
+
+def _summary(found: Collection) -> None:
+    """Counts by engine, the most frequent old names, and what could not be read.
+
+    refused: by a version of the engine as it was published; ignored: a variable that nothing reads any more.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("engine", "files", "refused", "recipes", "old names", "refused", "ignored", "repaired", "left")
+    for engine, row in found.counts().items():
+        keys = ("files", "files_refused", "recipes", "rotten", "refused", "ignored", "repaired", "left")
+        table.add_row(engine, *(str(row[key]) for key in keys))
+    console.print(table)
+    if found.files > 1:
+        old = Table("recipes", "old name", "what became of it")
+        for name, text, count in found.names()[:25]:
+            old.add_row(str(count), name, text)
+        console.print(old)
+    for line in found.failed:
+        typer.echo(f"not read: {line}", err=True)
+    rows = found.counts().values()
+    repaired, left = sum(row["repaired"] for row in rows), sum(row["left"] for row in rows)
+    typer.echo(
+        f"{found.files} files, {len(found.imported)} recipes: repaired {repaired}, left {left}, "
+        f"not read {len(found.failed)}, other files {len(found.others)}"
+    )
