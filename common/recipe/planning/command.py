@@ -247,10 +247,13 @@ def _head(console: Console, subject: Subject, found: Plan, errors: list[Residual
         say(f"published chance that draft token 1, 2, ... is accepted: {chances}")
     elif subject.traits.draft_layers:
         say("no published acceptance for this model's drafts: planned without speculation; give --acceptance")
+    refused: dict[str, list[str]] = {}
     for role, fits in found.refused.items():
-        if fits:
-            names = [name_of(f.case.parallel) for f in fits]
-            say(f"does not fit for {role}: {', '.join(names)}")
+        for fit in fits:
+            refused.setdefault(name_of(fit.case.parallel), []).append(role)
+    if refused:
+        words = [n if len(roles) == len(found.refused) else f"{n} ({', '.join(roles)})" for n, roles in refused.items()]
+        say(f"does not fit: {'; '.join(words)}")
     for text in subject.traits.unknown:
         say(f"unknown trait: {text}")
 

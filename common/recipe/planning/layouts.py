@@ -81,6 +81,7 @@ def roomy(
             captured=0 if role == "prefill" else 512,
             mega_tokens=mega,
             draft=drafts > 0,
+            engram_offloaded=engine == "vllm",
             draft_tokens=drafts,
         )
         workload = Workload(kind="fixed", input_tokens=job[0], output_tokens=job[1])

@@ -55,7 +55,9 @@ class Case:
         kept = [w for w in self.weights if self.options.draft or w.part not in DRAFTS]
         kept = [w for w in kept if self.options.vision or w.part != "vision encoder"]
         kept = [w for w in kept if not (self.options.engram_offloaded and w.part == "Engram")]
-        found = per_rank(kept, self.parallel, self.traits, self.options.redundant_experts)
+        found = per_rank(
+            kept, self.parallel, self.traits, self.options.redundant_experts, self.options.tables_over_data
+        )
         return [Part(p, f, copied, size) for (p, f, copied), size in found.items()]
 
     @cached_property
@@ -140,6 +142,9 @@ def cases_of(
                 size = int(draft.total_parameters * 1e9)
                 format = format_named(next(iter(draft.formats.values()), "bf16"), f"model card {draft.id}")
                 found.append(Weight("draft model", draft.repo, size, format, "all"))
+        tables = sum(w.bytes for w in found if w.part == "Engram")
+        if tables and options.engram_offloaded:
+            notes.append(f"Engram tables, {gb(tables)}, are in the host's memory, not in the GPUs'")
         if options.cache.kv == "auto" and traits.count("mla") + traits.count("gqa"):
             notes.append("the cache is sized in BF16: neither recipe nor checkpoint says another dtype")
         out.append(

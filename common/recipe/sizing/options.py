@@ -28,6 +28,8 @@ class Options:
     draft: whether the checkpoint's draft layers are loaded.
     draft_tokens: drafted tokens of a step.
     window_ratio: SGLang's tokens of the window pool for each token of the full pool.
+    engram_offloaded: Engram tables are in the host's memory.
+    tables_over_data: data-parallel ranks share one copy of them.
     cache_bytes: a size that the recipe fixes itself; None: what is left.
     cache_tokens: the same in tokens (SGLang's ``max-total-tokens``).
     draft_model: a draft model of its own.
@@ -50,6 +52,7 @@ class Options:
     window_ratio: float = 0.1
     vision: bool = True
     engram_offloaded: bool = False
+    tables_over_data: bool = True
     load_format: str | None = None
     cache_bytes: int | None = None
     cache_tokens: int | None = None
@@ -138,6 +141,7 @@ def _vllm(read: _Args, env: Mapping[str, Any], role: Role, sheet: HardwareSheet,
     if compilation.get("cudagraph_mode") == "NONE":
         eager = True
     asynchronous = read.args.get("async-scheduling", True) is not False and not cpu
+    engram = read.mapping("engram-config")
     space = env.get("VLLM_CPU_KVCACHE_SPACE")
     fixed = read.number("kv-cache-memory-bytes", 0) or (float(space) * 2**30 if cpu and space is not None else 0)
     batched = int(read.number("max-num-batched-tokens", (8192 if large else 2048) if not cpu else 4096))
@@ -164,7 +168,8 @@ def _vllm(read: _Args, env: Mapping[str, Any], role: Role, sheet: HardwareSheet,
         draft_tokens=drafted,
         redundant_experts=int(read.mapping("eplb-config").get("num_redundant_experts") or 0),
         vision=not read.true("language-model-only"),
-        engram_offloaded=bool(read.mapping("engram-config").get("cpu_offload")),
+        engram_offloaded=engram.get("cpu_offload", True) is not False,  # EngramConfig's default
+        tables_over_data=engram.get("embedding_across_dp") is True,
         load_format="nvfp4" if read.text("quantization") == "fourfold_nvfp4" else None,
         cache_bytes=int(fixed) or None,
         draft_model=str(given["model"]) if given.get("model") else None,
@@ -211,6 +216,7 @@ def _sglang(
         draft_tokens=drafted,
         redundant_experts=int(read.number("ep-num-redundant-experts", 0)),
         window_ratio=read.number("swa-full-tokens-ratio", 0.1),
+        engram_offloaded=str(env.get("SGLANG_ENABLE_DSV41_ENGRAM_HOST_TABLE", "")).lower() in ("1", "true", "yes"),
         load_format="nvfp4" if read.text("quantization") == "fourfold_nvfp4" else None,
         cache_tokens=total or None,
         draft_model=read.text("speculative-draft-model-path") or None,

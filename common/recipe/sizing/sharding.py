@@ -65,11 +65,15 @@ def layout_factor(observed: Sequence[Observed] = OBSERVED) -> float:
     return min(candidates, key=worst)
 
 
-def share(weight: Weight, parallel: Parallel, traits: Traits, redundant: int = 0) -> float:
+def share(
+    weight: Weight, parallel: Parallel, traits: Traits, redundant: int = 0, tables_over_data: bool = True
+) -> float:
     """The part of ``weight`` that the fullest rank of its stage holds."""
     tensor = parallel.tensor
     if weight.shard in ("heads", "width", "vocab"):
         return 1 / tensor
+    if weight.shard == "table":
+        return 1 / (tensor * (parallel.data if tables_over_data else 1))
     if weight.shard == "kv":
         return 1 / min(tensor, traits.kv_heads)
     if weight.shard == "experts":
@@ -82,7 +86,11 @@ def share(weight: Weight, parallel: Parallel, traits: Traits, redundant: int = 0
 
 
 def per_rank(
-    weights: Iterable[Weight], parallel: Parallel, traits: Traits, redundant: int = 0
+    weights: Iterable[Weight],
+    parallel: Parallel,
+    traits: Traits,
+    redundant: int = 0,
+    tables_over_data: bool = True,
 ) -> dict[tuple[str, str, bool], float]:
     """Bytes on the fullest rank by (part, format, whether every rank holds it whole), without a layout factor.
 
@@ -95,6 +103,8 @@ def per_rank(
         if parallel.pipeline > 1 and weight.part == "embeddings":
             continue
         of_layers = 0 <= weight.layer < layers
-        bytes_ = weight.bytes * share(weight, parallel, traits, redundant) * (stage if of_layers else 1.0)
+        bytes_ = (
+            weight.bytes * share(weight, parallel, traits, redundant, tables_over_data) * (stage if of_layers else 1.0)
+        )
         out[weight.part, weight.format, weight.shard == "all"] += bytes_
     return dict(out)

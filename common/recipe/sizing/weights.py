@@ -21,7 +21,8 @@ class Weight:
     """Attributes:
     part: what it is shown under.
     shard: ``heads`` or ``width``: split over tensor ranks; ``kv``: at most by key-value heads; ``experts``: over expert
-        ranks; ``vocab``: over tensor ranks, by rows; ``all``: on every rank.
+        ranks; ``vocab``: over tensor ranks, by rows; ``table``: the same, and over data ranks where the engine does;
+        ``all``: on every rank.
     layer: -1: not of a layer.
     active: share of it that computes for one token.
     """
@@ -82,7 +83,7 @@ def _ends(traits: Traits, formats: Formats) -> Iterator[Weight]:
     for layer, rows in zip(traits.get("engram_layer_ids", []), traits.get("engram_num_embeddings", []), strict=False):
         width = int(traits.get("engram_head_dim"))
         stored = formats.card.get("engram", "mxfp8")
-        yield Weight("Engram", f"table of layer {layer}", int(rows) * width, stored, "vocab", int(layer), active=0.0)
+        yield Weight("Engram", f"table of layer {layer}", int(rows) * width, stored, "table", int(layer), active=0.0)
 
 
 def _layer(traits: Traits, formats: Formats, layer: Layer, index: int) -> list[Weight]:
