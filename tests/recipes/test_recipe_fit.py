@@ -393,3 +393,19 @@ def test_command_prints_tables_json_and_exit_codes() -> None:
     assert any(role["verdict"] == "does not fit" and role["reasons"] for role in roles)
     with pytest.raises(FourfoldError, match="expected vllm or sglang"):
         run.invoke(app, ["recipe", "fit", "cpu/smollm2", "--engine", "trt"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v4-flash", "nemotron-3-ultra-nvfp4", "minimax-m3-nvfp4"])
+def test_configurations_with_one_wrong_value_are_sized_or_refused(name: str) -> None:
+    config, refused = dict(model(name)[0].config), 0
+    for key in config:
+        for junk in (None, "x", -1, [], {"a": 1}, [0]):
+            try:
+                traits = read_traits({**config, key: junk})
+                found = weights(traits, Formats(traits.config))
+                per_rank(found, DEP[4], traits)
+                cache_of(traits, TP[4], CacheFormat("fp8"))
+            except FourfoldError as error:
+                assert "config" in str(error)
+                refused += 1
+    assert refused > 30

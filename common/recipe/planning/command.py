@@ -77,6 +77,10 @@ def plan(
             _table(console, found.front, rows, price, prices)
             for line in text_plot({name: values for name, values in series.items() if values}):
                 console.print(line, highlight=False, markup=False)
+            for r in published:
+                a = r.anchor
+                text = f"published: {a.total:,.0f} total tokens/s/GPU at {a.per_user:g} tokens/s/user, {a.engine}, {a.source}"
+                console.print(text, highlight=False, markup=False)
         else:
             console.print(_nothing(found, slo_tokens_per_second_user, ttft), highlight=False)
     if not found.front:

@@ -127,7 +127,7 @@ class Machine:
     def _attended(self, context: float) -> float:
         """Bytes of cache that one sequence's step reads."""
         t = self.traits
-        selected = float(t.get("index_topk"))
+        selected = t.number("index_topk")
         reads = self.cache.sequence_bytes
         for part, size in self.cache.per_token.items():
             sparse = selected and ("compressed by 4" in part or "latents" in part)
@@ -138,7 +138,7 @@ class Machine:
         """Operations of attention itself for one token at ``context`` tokens, on one rank."""
         t, total = self.traits, 0.0
         heads = t.heads / self.parallel.tensor
-        selected = float(t.get("index_topk"))
+        selected = t.number("index_topk")
         for layer in t.layers:
             if layer.mixer == "v4":
                 seen = layer.window + (context / layer.ratio if layer.ratio else 0)
@@ -147,10 +147,10 @@ class Machine:
                 total += 4 * heads * t.head_dim * seen
             elif layer.mixer == "mla":
                 seen = min(context, selected) if selected else context
-                width = int(t.get("qk_nope_head_dim", 128)) + int(t.get("qk_rope_head_dim")) + int(t.get("v_head_dim"))
+                width = t.number("qk_nope_head_dim", 128) + t.number("qk_rope_head_dim") + t.number("v_head_dim")
                 total += 2 * heads * width * seen
             elif layer.mixer == "gqa":
                 total += 4 * heads * t.head_dim * min(context, layer.window or context)
             if layer.indexer and selected:
-                total += 2 * int(t.get("index_n_heads")) * int(t.get("index_head_dim")) * context / max(layer.ratio, 1)
+                total += 2 * t.number("index_n_heads") * t.number("index_head_dim") * context / max(layer.ratio, 1)
         return total

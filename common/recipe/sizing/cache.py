@@ -139,12 +139,12 @@ def _plain(
     size = ELEMENT[formats.kv]
     for layer in layers:
         if layer.mixer == "mla":
-            latent, rope = int(traits.get("kv_lora_rank")), int(traits.get("qk_rope_head_dim"))
+            latent, rope = traits.number("kv_lora_rank"), traits.number("qk_rope_head_dim")
             sparse = bool(traits.get("index_topk"))
             entry = DSA_ENTRY if sparse and formats.kv == "fp8" and latent == 512 else (latent + rope) * size
             _add(token, "MLA latents", entry / parallel.context)
             if layer.indexer:
-                dim = int(traits.get("index_head_dim"))
+                dim = traits.number("index_head_dim")
                 key = dim / 2 + dim / 32 if formats.indexer == "mxfp4" else dim + 4 * math.ceil(dim / 128)
                 _add(token, "indexer keys", key / parallel.context)
         elif layer.mixer == "gqa":
@@ -156,7 +156,7 @@ def _plain(
             else:
                 _add(token, "keys and values", entry / parallel.context)
             if layer.indexer:
-                _add(token, "indexer keys", int(traits.get("sparse_attention_config")["sparse_index_dim"]) * 2.0)
+                _add(token, "indexer keys", int(traits.mapping("sparse_attention_config")["sparse_index_dim"]) * 2.0)
         elif layer.mixer in ("gdn", "kda", "mamba2"):
             _add(sequence, "recurrent state", _state(traits, layer.mixer, formats) / parallel.tensor)
     if "recurrent state" in sequence:  # vLLM's MambaSpec keeps one state for each draft token
@@ -166,18 +166,18 @@ def _plain(
 
 def _state(traits: Traits, mixer: str, formats: CacheFormat) -> float:
     """Bytes of the state of one sequence and layer: the recurrent matrix and the tail of the convolution."""
-    get, size = traits.get, ELEMENT[formats.state]
+    number, size = traits.number, ELEMENT[formats.state]
     if mixer == "gdn":
-        keys, dim = int(get("linear_num_key_heads")), int(get("linear_key_head_dim"))
-        values, width = int(get("linear_num_value_heads")), int(get("linear_value_head_dim"))
-        tail = (int(get("linear_conv_kernel_dim", 4)) - 1) * (2 * keys * dim + values * width)
+        keys, dim = number("linear_num_key_heads"), number("linear_key_head_dim")
+        values, width = number("linear_num_value_heads"), number("linear_value_head_dim")
+        tail = (number("linear_conv_kernel_dim", 4) - 1) * (2 * keys * dim + values * width)
         return values * width * dim * size + tail * 2
     if mixer == "kda":
-        linear = get("linear_attn_config", {})
+        linear = traits.mapping("linear_attn_config")
         heads, dim = int(linear.get("num_heads") or traits.heads), int(linear.get("head_dim") or 128)
         return heads * dim * dim * size + 3 * 3 * heads * dim * 2
-    heads, dim, state = int(get("mamba_num_heads")), int(get("mamba_head_dim")), int(get("ssm_state_size"))
-    tail = (int(get("conv_kernel", 4)) - 1) * (heads * dim + 2 * int(get("n_groups", 1)) * state)
+    heads, dim, state = number("mamba_num_heads"), number("mamba_head_dim"), number("ssm_state_size")
+    tail = (number("conv_kernel", 4) - 1) * (heads * dim + 2 * number("n_groups", 1) * state)
     return heads * dim * state * size + tail * 2
 
 
@@ -185,7 +185,7 @@ def _v4(
     traits: Traits, layers: Sequence[Layer], formats: CacheFormat, engine: str, block: int, speculative: int
 ) -> Cache:
     """DeepSeek V4: compressed entries, indexer keys, windows, and float32 compressor state of tokens not settled."""
-    dim, small, window = traits.head_dim, int(traits.get("index_head_dim", 128)), int(traits.get("sliding_window"))
+    dim, small, window = traits.head_dim, traits.number("index_head_dim", 128), traits.number("sliding_window")
     key = small // 2 + small // 32 if formats.indexer == "mxfp4" else small + 4
     token: dict[str, float] = {}
     counts: dict[int, int] = {}

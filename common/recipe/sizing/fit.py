@@ -146,7 +146,7 @@ def cases_of(
         if tables and options.engram_offloaded:
             notes.append(f"Engram tables, {gb(tables)}, are in the host's memory, not in the GPUs'")
         if options.cache.kv == "auto" and traits.count("mla") + traits.count("gqa"):
-            notes.append("the cache is sized in BF16: neither recipe nor checkpoint says another dtype")
+            notes.append("KV cache in 16 bits: neither the recipe nor the checkpoint says another dtype")
         out.append(
             Case(
                 traits, tuple(found), sheet, options, role.parallel, recipe.workload, name, role.replicas, tuple(notes)
@@ -233,7 +233,7 @@ def _sglang_v4(case: Case, left: float) -> tuple[int, float]:
     tokens = max(0.0, left - fixed) / token
     if options.cache_tokens:
         tokens = min(tokens, options.cache_tokens)
-    window = int(case.traits.get("sliding_window")) + WINDOW_PAGE
+    window = case.traits.number("sliding_window") + WINDOW_PAGE
     by_window = tokens * options.window_ratio / window
     needed = fixed + case.wanted * max(case.length, window / max(options.window_ratio, 1e-9)) * token
     return int(min(tokens / case.length, by_window)), needed

@@ -14,6 +14,8 @@ from typing import Any
 
 from fourfold.common.errors import FourfoldError
 
+MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -59,11 +61,34 @@ class Traits:
     max_length: int = 0
     unknown: tuple[str, ...] = ()
     vision: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "config.json"
 
     def get(self, name: str, default: Any = 0) -> Any:
         """A value of the configuration; ``default`` where it is absent or null."""
         value = self.config.get(name)
         return default if value is None else value
+
+    def number(self, name: str, default: int = 0) -> int:
+        """A whole number of the configuration.
+
+        Raises:
+            FourfoldError: it is something else.
+        """
+        return _whole(self.get(name, default), name, self.source)
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """A part of the configuration; empty where it is absent.
+
+        Raises:
+            FourfoldError: it is not a mapping, or holds what should be a whole number and is not.
+        """
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise FourfoldError(f"{self.source}: {name}: {value!r}; expected a mapping")
+        for key, inner in value.items():
+            if key.endswith(("_dim", "_heads", "_size")):
+                _whole(inner, f"{name}.{key}", self.source)
+        return value
 
     @property
     def matrices(self) -> int:
@@ -126,7 +151,18 @@ def read_traits(config: Mapping[str, Any], source: str = "config.json") -> Trait
     if dspark:  # vLLM's models/deepseek_v4/nvidia/dspark.py: three stages where the config does not say
         drafts = reader.maybe("n_mtp_layers") or (drafts if drafts > 1 else 3)
     unknown: list[str] = []
-    layers = _layers(reader, count, bool(experts), unknown)
+    if count > MOST_LAYERS:
+        raise FourfoldError(f"{source}: {count} layers; expected at most {MOST_LAYERS}")
+    try:
+        layers = _layers(reader, count, bool(experts), unknown)
+    except FourfoldError:
+        raise
+    except (IndexError, TypeError, ValueError, AttributeError) as error:
+        raise FourfoldError(
+            f"{source}: what it says of single layers does not agree with {count} layers, or is no list: {error}"
+        ) from None
+    if not experts and any(layer.ffn == "moe" for layer in layers):
+        raise FourfoldError(f"{source}: n_routed_experts: missing, and some layers are mixtures of experts")
     return Traits(
         config=config,
         hidden=hidden,
@@ -148,8 +184,15 @@ def read_traits(config: Mapping[str, Any], source: str = "config.json") -> Trait
         dspark=dspark,
         max_length=reader.maybe("max_position_embeddings", "max_sequence_length"),
         unknown=tuple(dict.fromkeys(unknown)),
-        vision=config.get("vision_config") or {},
+        vision=vision if isinstance(vision := config.get("vision_config"), Mapping) else {},
+        source=source,
     )
+
+
+def _whole(value: Any, name: str, source: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise FourfoldError(f"{source}: {name}: {value!r}; expected a whole number from 0")
+    return value
 
 
 class _Reader:
@@ -164,9 +207,7 @@ class _Reader:
             value = self.config.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise FourfoldError(f"{self.source}: {name}: {value!r}; expected a whole number from 0")
-            return value
+            return _whole(value, name, self.source)
         return 0
 
     def need(self, *names: str) -> int:

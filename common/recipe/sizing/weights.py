@@ -81,7 +81,7 @@ def _ends(traits: Traits, formats: Formats) -> Iterator[Weight]:
     if not traits.get("tie_word_embeddings", False):
         yield Weight("head", "lm_head", size, formats.of("head", -1, ("lm_head", "head")), "vocab")
     for layer, rows in zip(traits.get("engram_layer_ids", []), traits.get("engram_num_embeddings", []), strict=False):
-        width = int(traits.get("engram_head_dim"))
+        width = traits.number("engram_head_dim")
         stored = formats.card.get("engram", "mxfp8")
         yield Weight("Engram", f"table of layer {layer}", int(rows) * width, stored, "table", int(layer), active=0.0)
 
@@ -109,7 +109,7 @@ def _draft(traits: Traits, formats: Formats, number: int) -> list[Weight]:
     if not traits.dspark or number == 0:
         build.add("dense", "eh_proj e_proj fc", sources * h * h, "all")
     if traits.dspark and number == 0:
-        rank = int(traits.get("dspark_markov_rank"))
+        rank = traits.number("dspark_markov_rank")
         build.add("residual", "markov_head", 2 * traits.vocab * rank, "all")
     return build.out
 
@@ -134,8 +134,8 @@ def _ffn(build: _Build, layer: Layer, experts: int) -> None:
         "mlp.experts mlp.experts.0.gate_proj ffn.experts ffn.experts.0.w1 mixer.experts.0.up_proj mixer.experts"
         " block_sparse_moe.experts.0.w1 block_sparse_moe.experts.0.gate_proj block_sparse_moe.experts"
     )
-    share = min(1.0, int(t.get("dspark_num_experts_per_tok") if build.mtp is not None else 0) / experts or 0.0)
-    build.add("experts", names, experts * width, "experts", share or t.top_k / experts)
+    chosen = (t.number("dspark_num_experts_per_tok") if build.mtp is not None else 0) or t.top_k
+    build.add("experts", names, experts * width, "experts", min(1.0, chosen / experts))
     build.add("router", "mlp.gate ffn.gate mixer.gate block_sparse_moe.gate mlp.router", experts * h, "all")
     if t.expert_hidden != h:
         names = "mixer.fc1_latent_proj mlp.latent_down block_sparse_moe.routed_expert_down_proj"
@@ -154,8 +154,8 @@ def _mixer(build: _Build, layer: Layer) -> None:
 
 def _mla(build: _Build, layer: Layer) -> None:
     t, h = build.traits, build.traits.hidden
-    query, latent, rope = int(t.get("q_lora_rank")), int(t.get("kv_lora_rank")), int(t.get("qk_rope_head_dim"))
-    nope, value = int(t.get("qk_nope_head_dim", 128)), int(t.get("v_head_dim", 128))
+    query, latent, rope = t.number("q_lora_rank"), t.number("kv_lora_rank"), t.number("qk_rope_head_dim")
+    nope, value = t.number("qk_nope_head_dim", 128), t.number("v_head_dim", 128)
     width = t.heads * (nope + rope)
     build.add("attention", "self_attn.q_a_proj", h * query, "all")
     build.add("attention", "self_attn.q_b_proj self_attn.q_proj", (query or h) * width, "heads")
@@ -171,7 +171,7 @@ def _mla(build: _Build, layer: Layer) -> None:
 def _indexer(build: _Build, where: str, query: int, key: bool = True) -> None:
     """DeepSeek's sparse attention: every rank scores with all indexer heads."""
     t = build.traits
-    count, dim = int(t.get("index_n_heads")), int(t.get("index_head_dim"))
+    count, dim = t.number("index_n_heads"), t.number("index_head_dim")
     build.add("attention", f"{where}.wq_b", query * count * dim, "all")
     if key:
         build.add("attention", f"{where}.wk", t.hidden * dim, "all")
@@ -180,8 +180,8 @@ def _indexer(build: _Build, where: str, query: int, key: bool = True) -> None:
 
 def _v4(build: _Build, layer: Layer) -> None:
     t, h = build.traits, build.traits.hidden
-    query, out, dim = int(t.get("q_lora_rank")), int(t.get("o_lora_rank")), t.head_dim
-    groups = int(t.get("o_groups", 1))
+    query, out, dim = t.number("q_lora_rank"), t.number("o_lora_rank"), t.head_dim
+    groups = t.number("o_groups", 1)
     build.add("attention", "attn.wq_a", h * query, "all")
     build.add("attention", "attn.wkv", h * dim, "all")
     build.add("attention", "attn.wq_b", query * t.heads * dim, "heads")
@@ -195,7 +195,7 @@ def _v4(build: _Build, layer: Layer) -> None:
         build.add("attention", "attn.compressor", h * gate * overlap * dim, "all", format="bf16")
     if layer.indexer:
         _indexer(build, "attn.indexer", query, key=False)
-        small = int(t.get("index_head_dim"))
+        small = t.number("index_head_dim")
         key = h * 2 * overlap * small if layer.ratio == 4 else dim * small
         build.add("attention", "attn.indexer.compressor", key, "all", format="bf16")
 
@@ -207,27 +207,27 @@ def _gqa(build: _Build, layer: Layer) -> None:
     build.add("attention", "self_attn.k_proj mixer.k_proj", 2 * h * t.kv_heads * t.head_dim, "kv")
     build.add("attention", "self_attn.o_proj mixer.o_proj", t.heads * t.head_dim * h, "heads")
     if layer.indexer:
-        sparse = t.get("sparse_attention_config", {})
+        sparse = t.mapping("sparse_attention_config")
         dim, count = int(sparse.get("sparse_index_dim", 0)), int(sparse.get("sparse_num_index_heads", 0))
         build.add("attention", "self_attn.index_q_proj", h * (count + 1) * dim, "all")
 
 
 def _gdn(build: _Build, layer: Layer) -> None:
     t, h = build.traits, build.traits.hidden
-    keys = int(t.get("linear_num_key_heads")) * int(t.get("linear_key_head_dim"))
-    heads = int(t.get("linear_num_value_heads"))
-    values = heads * int(t.get("linear_value_head_dim"))
+    keys = t.number("linear_num_key_heads") * t.number("linear_key_head_dim")
+    heads = t.number("linear_num_value_heads")
+    values = heads * t.number("linear_value_head_dim")
     width = 2 * keys + 2 * values
     build.add("linear_attention", "linear_attn.in_proj_qkvz linear_attn.in_proj_qkv", h * width, "heads")
     build.add("router", "linear_attn.in_proj_ba", h * 2 * heads, "heads")
     build.add("linear_attention", "linear_attn.out_proj", values * h, "heads")
-    kernel = int(t.get("linear_conv_kernel_dim", 4))
+    kernel = t.number("linear_conv_kernel_dim", 4)
     build.add("state_weights", "linear_attn.conv1d", (2 * keys + values) * kernel, "heads", format="bf16")
 
 
 def _kda(build: _Build, layer: Layer) -> None:
     t, h = build.traits, build.traits.hidden
-    linear = t.get("linear_attn_config", {})
+    linear = t.mapping("linear_attn_config")
     heads = int(linear.get("num_heads") or t.get("linear_num_heads", t.heads))
     dim = int(linear.get("head_dim") or t.get("linear_head_dim", 128))
     width = heads * dim
@@ -246,12 +246,12 @@ def _kda(build: _Build, layer: Layer) -> None:
 
 def _mamba2(build: _Build, layer: Layer) -> None:
     t, h = build.traits, build.traits.hidden
-    heads = int(t.get("mamba_num_heads"))
-    inner = heads * int(t.get("mamba_head_dim", 64))
-    groups = int(t.get("n_groups", 1)) * int(t.get("ssm_state_size", 128))
+    heads = t.number("mamba_num_heads")
+    inner = heads * t.number("mamba_head_dim", 64)
+    groups = t.number("n_groups", 1) * t.number("ssm_state_size", 128)
     build.add("linear_attention", "mixer.in_proj", h * (2 * inner + 2 * groups + heads), "heads")
     build.add("linear_attention", "mixer.out_proj", inner * h, "heads")
-    kernel = int(t.get("conv_kernel", 4))
+    kernel = t.number("conv_kernel", 4)
     build.add("state_weights", "mixer.conv1d", (inner + 2 * groups) * kernel, "heads", format="bf16")
 
 
