@@ -12,10 +12,10 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.dayzero.drafting import Drafting, drafting
 from fourfold.common.recipe.dayzero.layout import Demand, Layout, choose
 from fourfold.common.recipe.dayzero.source import Found
-from fourfold.common.recipe.dayzero.vocabulary import printable, unknown_traits
+from fourfold.common.recipe.dayzero.vocabulary import SIZES, printable, shortened, unknown_traits
 from fourfold.common.recipe.loading import FOLDERS
 from fourfold.common.recipe.schema import HardwareSheet
-from fourfold.common.recipe.sizing.cache import CacheFormat
+from fourfold.common.recipe.sizing.cache import V4_STATE_BLOCK, CacheFormat
 from fourfold.common.recipe.sizing.quantisation import Formats
 from fourfold.common.recipe.sizing.traits import Traits, read_traits
 from fourfold.common.recipe.sizing.weights import Weight, weights
@@ -23,13 +23,17 @@ from fourfold.common.recipe.sizing.weights import Weight, weights
 VERSIONS = {"vllm": ">=0.32,<0.34", "sglang": "==0.5.23"}
 # Prompt and answer, longest request, requests that must fit on a rank, most of a rank, tokens of a step.
 WORKLOADS = {
-    "fixed": Demand(8192 + 1024, 16384, 16, 512, 8192, throughput=True),
-    "chat": Demand(2048 + 512, 32768, 16, 256, 8192, throughput=False),
-    "agentic": Demand(32768 + 1024, 262144, 4, 64, 8192, throughput=False),
+    "fixed": Demand(8192, 1024, 16384, 16, 512, 8192, throughput=True),
+    "chat": Demand(2048, 512, 32768, 16, 256, 8192, throughput=False),
+    "agentic": Demand(32768, 1024, 262144, 4, 64, 8192, throughput=False),
 }
-PROMPTS = {"fixed": 8192, "chat": 2048, "agentic": 32768}
 CARD_PARTS = {"MTP": "mtp", "DSpark draft": "draft", "vision encoder": "vision"}
+SLOW = 100e9  # bytes of a checkpoint whose first start takes longer than vLLM waits, ten minutes
 FAR = 0.05  # a difference between the weights' size and what the sizes account for that is worth a line
+LARGEST = 1 << 33  # of any size in a config; more is a mistake
+COUNTS = {"num_hidden_layers": 4096, "n_layer": 4096} | dict.fromkeys(
+    ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_mtp_layers"), 64
+)
 T = TypeVar("T")
 
 
@@ -71,13 +75,17 @@ def compose(
     Raises:
         FourfoldError: a size is missing from the config, or no layout of this hardware holds the model.
     """
+    for key, most in ({key: LARGEST for key in SIZES} | COUNTS).items():
+        value = found.config.get(key)
+        if isinstance(value, (int, float)) and not abs(value) <= most:
+            raise FourfoldError(f"{found.path}: {key}: {shortened(value)}; expected at most {most}")
     traits = _sized(found, lambda: read_traits(found.config, str(found.path)))
     formats = Formats(found.config, load="nvfp4" if nvfp4 else None, source=str(found.path))
     parts = _sized(found, lambda: weights(traits, formats))
     stored = _sized(found, lambda: weights(traits, Formats(found.config, source=str(found.path))))
     if nvfp4 and all(a.format == b.format for a, b in zip(parts, stored, strict=True)):
         raise FourfoldError(f"--nvfp4: {found.path.parent} has no 16-bit linear weights to quantise while loading")
-    drafts = drafting(found, traits, workload, name) if sheet.compute_capability else Drafting()
+    drafts = _sized(found, lambda: drafting(found, traits, workload, name)) if sheet.compute_capability else Drafting()
     if not drafts.method:
         parts = [part for part in parts if part.part not in ("MTP", "DSpark draft")]
     accounted = sum(part.bytes for part in stored)
@@ -86,18 +94,17 @@ def compose(
         kv="fp8" if _kv(traits, found) else "auto", indexer=_indexer(traits, sheet), state=_state(traits)
     )
     demand = replace(WORKLOADS[workload], concurrency=concurrency)
-    longest = min(demand.length, traits.max_length or demand.length)
-    demand = replace(demand, length=longest, tokens=min(demand.tokens, longest))
+    demand = demand.within(max(2, traits.max_length)) if traits.max_length else demand
     layout = _sized(found, lambda: choose(traits, parts, sheet, demand, cache, scale, drafts.tokens))
     if layout.parallel.pipeline > 1 and drafts.method:
         drafts = Drafting(notes=("stages of a pipeline: no speculation, which engines do not combine with them",))
     unknown = tuple(printable(line, 400) for line in (*traits.unknown, *unknown_traits(found.config)))
     confirm = tuple(
         printable(line, 2000)
-        for line in _confirm(found, traits, sheet, layout, drafts, unknown, accounted, cache, nvfp4)
+        for line in _confirm(found, traits, sheet, layout, drafts, unknown, accounted, cache, nvfp4, parts)
     )
     card = _card(found, traits, stored, name, repo)
-    recipe = _recipe(found, traits, parts, sheet, workload, name, layout, drafts, cache, nvfp4)
+    recipe = _recipe(found, traits, parts, sheet, workload, demand, name, layout, drafts, cache, nvfp4)
     recipe["notes"] = [
         printable(note, 2000) for note in (_how(sheet, layout, demand, workload), *drafts.notes, *confirm)
     ]
@@ -176,6 +183,7 @@ def _recipe(
     parts: list[Weight],
     sheet: HardwareSheet,
     workload: str,
+    demand: Demand,
     name: str,
     layout: Layout,
     drafts: Drafting,
@@ -184,7 +192,6 @@ def _recipe(
 ) -> dict[str, Any]:
     sizes = {key: size for key, size in layout.parallel.model_dump().items() if size > 1}
     role = {"parallel": sizes} if sizes else {}
-    demand = WORKLOADS[workload]
     recipe: dict[str, Any] = {
         "schema": "fourfold/recipe/1",
         "id": f"{name}/{sheet.id}-{workload}",
@@ -193,8 +200,8 @@ def _recipe(
         "hardware": sheet.id,
         "workload": {
             "kind": workload,
-            "input_tokens": PROMPTS[workload],
-            "output_tokens": demand.tokens - PROMPTS[workload],
+            "input_tokens": demand.prompt,
+            "output_tokens": demand.answer,
             "concurrency": layout.sequences * layout.parallel.data,
         },
         "engines": {},
@@ -224,12 +231,15 @@ def _vllm(
     if cache.kv == "fp8":
         args["kv-cache-dtype"] = "fp8"
     if _compressed(traits):
-        args["block-size"] = 256
+        if any(layer.ratio in V4_STATE_BLOCK for layer in traits.layers):
+            args["block-size"] = 256
+        if not demand.throughput:  # prefixes recur; windows of which no checkpoint is kept are computed again
+            args["prefix-cache-retention-interval"] = 32768 if "block-size" in args else 1024
         if cache.indexer == "mxfp4":
             args["attention-config"] = {"indexer_kv_dtype": "mxfp4"}
     if any(layer.mixer == "mamba2" for layer in traits.layers) and cache.state == "fp32":
         args["mamba-ssm-cache-dtype"] = "float32"
-    return args, {}
+    return args, {"VLLM_ENGINE_READY_TIMEOUT_S": 3600} if layout.weights * layout.parallel.world > SLOW else {}
 
 
 def _sglang(
@@ -248,7 +258,7 @@ def _sglang(
         args["kv-cache-dtype"] = "fp8_e4m3"
     if _compressed(traits):
         args["page-size"] = 256
-    if data > 1:
+    if data > 1 and layout.parallel.tensor == 1:
         args |= {"enable-dp-lm-head": True, "moe-dense-tp-size": 1}
     stored = {part.format for part in parts if part.part == "experts"}
     quant = traits.get("quantization_config", {})
@@ -285,6 +295,7 @@ def _confirm(
     accounted: float,
     cache: CacheFormat,
     nvfp4: bool,
+    parts: list[Weight],
 ) -> list[str]:
     architecture = found.architecture or "no architecture (config.json names none)"
     out = [f"Confirm that the engines have a class for {architecture}: fourfold recipe check (level L3 asks them)."]
@@ -309,6 +320,12 @@ def _confirm(
         )
     if cache.kv == "fp8":
         out.append("Confirm that answers with the FP8 cache are as good as with a BF16 one (kv-cache-dtype).")
+    four_bits = {part.format for part in parts} & {"nvfp4", "mxfp4"}
+    if four_bits and "fp4" not in sheet.peak_flops and sheet.compute_capability:
+        out.append(
+            f"Confirm that there are kernels for {' and '.join(sorted(four_bits))} weights on {sheet.gpu}, which has "
+            "no FP4 arithmetic."
+        )
     if nvfp4:
         out.append("Confirm that answers with NVFP4 weights are good enough (fourfold bench quality).")
     if traits.experts:

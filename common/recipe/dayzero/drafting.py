@@ -48,7 +48,7 @@ def drafting(found: Found, traits: Traits, workload: str, name: str) -> Drafting
         block = int(traits.get("dspark_block_size")) or DSPARK_MOST
         tokens = min(block, DSPARK_MOST)
         vllm = {"method": "dspark", "num_speculative_tokens": tokens, "draft_sample_method": "probabilistic"}
-        sglang = {"speculative-algorithm": "DSPARK", "speculative-dspark-block-size": block}
+        sglang = {"speculative-algorithm": "DSPARK", "speculative-dspark-block-size": min(block, DSPARK_MOST + 1)}
         return Drafting("dspark", tokens, {"vllm": {"speculative-config": vllm}, "sglang": sglang})
     marked = [n for n in found.names if matching.is_marked(n) or matching.is_after(n, len(traits.layers))]
     if not traits.draft_layers and not marked:

@@ -8,7 +8,7 @@ data ranks with shared experts, few fast streams to tensor ranks (DeepSeek-V3 te
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fourfold.common.errors import FourfoldError
@@ -32,7 +32,7 @@ class Demand:
     """What the layout is for.
 
     Attributes:
-        tokens: of a typical request, prompt and answer.
+        prompt, answer: tokens of a typical request.
         length: longest request that shall be possible.
         least: requests that must fit on a rank at once.
         most: requests of a rank beyond which none are admitted.
@@ -41,13 +41,24 @@ class Demand:
         concurrency: requests over the whole deployment; None: what fits.
     """
 
-    tokens: int
+    prompt: int
+    answer: int
     length: int
     least: int
     most: int
     batched: int
     throughput: bool
     concurrency: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of a typical request."""
+        return self.prompt + self.answer
+
+    def within(self, longest: int) -> Demand:
+        """The same for a model of at most ``longest`` tokens: the prompt is shorter first."""
+        answer = min(self.answer, longest // 2)
+        return replace(self, prompt=min(self.prompt, longest - answer), answer=answer, length=min(self.length, longest))
 
 
 @dataclass(frozen=True)
@@ -90,11 +101,22 @@ def choose(
     """
     widths = _widths(traits, weights)
     tried = "no number of ranks divides its heads and experts"
-    for parallel in _candidates(traits, sheet, demand.throughput, widths):
-        found = _layout(traits, weights, sheet, demand, cache, scale, drafts, parallel)
-        if isinstance(found, Layout):
-            return found
-        tried = found
+
+    def first(throughput: bool) -> Layout | None:
+        nonlocal tried
+        for parallel in _candidates(traits, sheet, throughput, widths):
+            found = _layout(traits, weights, sheet, demand, cache, scale, drafts, parallel)
+            if isinstance(found, Layout):
+                return found
+            tried = found
+        return None
+
+    spread, split = first(True) if demand.throughput else None, first(False)
+    # Data ranks each hold the dense weights; where that costs more than twice the GPUs it is not worth it.
+    if spread is not None and (split is None or spread.parallel.world <= 2 * split.parallel.world):
+        return spread
+    if split is not None:
+        return split
     raise FourfoldError(f"hardware {sheet.id}: no layout holds this model; {tried}")
 
 
@@ -150,7 +172,9 @@ def _candidates(
         tensor = 1 if latent and throughput else world
         if not latent:  # key-value heads bound what tensor ranks save
             tensor = min(tensor, max(traits.kv_heads, 1), sheet.gpus_per_node if throughput else world)
-        while world % tensor or not splits(traits, tensor, widths):
+        while (  # vLLM keeps a data rank on one node
+            world % tensor or not splits(traits, tensor, widths) or sheet.gpus_per_node < tensor < world
+        ):
             tensor -= 1
         yield Parallel(tensor=tensor, data=world // tensor, expert=world if world > 1 else 1)
     per_node = sheet.gpus_per_node

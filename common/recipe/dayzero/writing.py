@@ -18,6 +18,7 @@ import yaml
 from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.dayzero.compose import Composed
 from fourfold.common.recipe.dayzero.source import Found
+from fourfold.common.recipe.launch import starts
 from fourfold.common.recipe.loading import Catalogue
 
 
@@ -47,7 +48,7 @@ def write(out: Path, found: Found, composed: Composed, force: bool, roots: list[
             for name, data in files.values():
                 (staged / name).parent.mkdir(exist_ok=True)
                 (staged / name).write_bytes(data)
-            Catalogue([staged, *roots]).recipe(staged / files["recipe"][0])
+            _try(Catalogue([staged, *roots]), staged / files["recipe"][0])
             if out.exists():
                 _move(staged, out, [name for name, _ in files.values()])
             else:
@@ -58,6 +59,14 @@ def write(out: Path, found: Found, composed: Composed, force: bool, roots: list[
     except OSError as error:
         raise FourfoldError(f"--out {out}: {error.strerror or error}") from None
     return {kind: out / name for kind, (name, _) in files.items()}
+
+
+def _try(catalogue: Catalogue, path: Path) -> None:
+    """Load it, and derive every command line."""
+    found = catalogue.recipe(path)
+    for engine in found.engines:
+        for start in starts(found, engine, catalogue.model(found.model), catalogue.hardware(found.hardware)):
+            start.arguments  # noqa: B018 - raises where options and engine do not fit
 
 
 def _move(staged: Path, out: Path, names: list[str]) -> None:
@@ -87,4 +96,5 @@ def _config(found: Found) -> bytes:
 
 
 def _yaml(data: dict[str, Any]) -> bytes:
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110).encode()
+    unshared = json.loads(json.dumps(data))  # what is said twice is written twice: no anchors
+    return yaml.safe_dump(unshared, sort_keys=False, allow_unicode=True, width=110).encode()
