@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fourfold.common.recipe.check import snapshots
@@ -65,6 +65,7 @@ def build(source: Any, deployment: Deployment, catalogue: Catalogue) -> Imported
 def _plain(engine: str, server: Server, unknown: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options and environment in canonical form: names with hyphens, JSON text as mappings, ``no-`` as false."""
     options: dict[str, Any] = {}
+    places = []
     for written, value in server.options.items():
         head, dot, tail = str(written).lstrip("-").partition(".")
         name = head.replace("_", "-") + dot + tail
@@ -78,6 +79,7 @@ def _plain(engine: str, server: Server, unknown: list[str]) -> tuple[dict[str, A
             else _problem(check_arguments, name, value)
         )
         if name.partition(".")[0] in PLACES:
+            places.append(name)
             continue
         if reason:
             unknown.append(f"{server.role}: {name}: {reason}")
@@ -85,6 +87,8 @@ def _plain(engine: str, server: Server, unknown: list[str]) -> tuple[dict[str, A
             options[head.replace("_", "-")] = {**(as_mapping(options.get(head.replace("_", "-"))) or {}), tail: value}
         else:
             options[name] = as_mapping(value) or value
+    if places:
+        unknown.append(f"{server.role}: {', '.join(places)}: follow from the launch")
     env: dict[str, Any] = {}
     for name, value in server.env.items():
         text = str(value)
@@ -168,6 +172,15 @@ def _note_conflicts(role: str, options: Mapping[str, Any], changes: list[Rename]
         there = options.get(rename.new or "")
         if rename.kind == "env_to_option" and there not in (None, rename.value):
             unknown.append(f"{role}: {rename.old} asks for {rename.new}: {rename.value}; its {there!r} stays")
+
+
+def judges(engines: Iterable[str]) -> list[str]:
+    """What says whether an engine's version takes a setting: its snapshot, or the rename table where there is none."""
+    return [
+        f"{'the snapshot' if snapshots.load(engine, version) else 'the rename table alone'} of {engine} {version}"
+        for engine in engines
+        for version in VERSIONS[engine]
+    ]
 
 
 def _refusals(engine: str, version: str, options: Mapping[str, Any]) -> dict[str, str]:

@@ -49,7 +49,7 @@ class Collection:
         return len({item.source for item in self.imported})
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """By engine: files, recipes of them, those with old names, those that today's engines refuse, repaired, left."""
+        """By engine: files, recipes, those with old names, those that today's engines refuse, repaired, left."""
         out: dict[str, dict[str, int]] = {}
         keys = ("files", "files_refused", "recipes", "rotten", "refused", "ignored", "repaired", "left", "loads")
         files: dict[tuple[str, Path], bool] = {}
@@ -107,7 +107,7 @@ def import_file(path: Path, catalogue: Catalogue, choice: Choice | None = None) 
             f"{path}: neither srt-slurm's format (resources, backend.vllm_config or backend.sglang_config) nor "
             "vllm-project/recipes' (model.model_id, compatible_strategies)"
         )
-    return [build(path, deployment, catalogue) for deployment in found]
+    return confirmed([build(path, deployment, catalogue) for deployment in found], catalogue)
 
 
 def import_folder(folder: Path, catalogue: Catalogue, choice: Choice | None = None) -> Collection:
@@ -128,7 +128,25 @@ def import_folder(folder: Path, catalogue: Catalogue, choice: Choice | None = No
                 out.imported.append(build(path, deployment, catalogue))
             except FourfoldError as error:
                 out.failed.append(f"{error} ({deployment.name})".splitlines()[0])
+    confirmed(out.imported, catalogue)
     return out
+
+
+def confirmed(imported: list[Imported], catalogue: Catalogue) -> list[Imported]:
+    """The same, after the catalogue has really loaded the file of each whose card and sheet it knows."""
+    with tempfile.TemporaryDirectory() as folder:
+        for item in imported:
+            if not item.loads:
+                continue
+            path = Path(folder) / f"{item.id}.yaml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(written(item), encoding="utf-8")
+            try:
+                catalogue.recipe(path)
+            except FourfoldError as error:
+                item.loads = False
+                item.unknown.append(f"does not load yet: {str(error).splitlines()[0].removeprefix(f'{path}: ')}")
+    return imported
 
 
 def written(imported: Imported) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,7 +89,9 @@ def _summary(found: Collection) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from fourfold.common.recipe.importing.building import judges
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table("engine", "files", "refused", "recipes", "old names", "refused", "ignored", "repaired", "left")
     for engine, row in found.counts().items():
         keys = ("files", "files_refused", "recipes", "rotten", "refused", "ignored", "repaired", "left")
@@ -101,6 +104,8 @@ def _summary(found: Collection) -> None:
         console.print(old)
     for line in found.failed:
         typer.echo(f"not read: {line}", err=True)
+    if found.imported:
+        typer.echo(f"refusals judged by {', '.join(judges(found.counts()))}")
     rows = found.counts().values()
     repaired, left = sum(row["repaired"] for row in rows), sum(row["left"] for row in rows)
     typer.echo(

@@ -35,16 +35,14 @@ class _Loader(yaml.SafeLoader):
 
     def flatten_mapping(self, node: Any) -> None:
         merged = any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value)
-        own = {key.value for key, _ in node.value}
+        own = {key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
         super().flatten_mapping(node)
         if len(node.value) > MOST:
             raise yaml.MarkedYAMLError(problem="merge keys that multiply", problem_mark=node.start_mark)
-        if merged:  # what a merge brings and the mapping has itself is no key given twice
-            seen = [key.value for key, _ in node.value]
+        if merged and own != {"<<"}:  # what a merge brings and the mapping has itself is no key given twice
+            seen = [str(key.value) for key, _ in node.value]
             node.value = [
-                pair
-                for i, pair in enumerate(node.value)
-                if pair[0].value not in own or pair[0].value not in seen[i + 1 :]
+                pair for i, pair in enumerate(node.value) if seen[i] not in own or seen[i] not in seen[i + 1 :]
             ]
 
     def construct_yaml_map(self, node: Any) -> Any:

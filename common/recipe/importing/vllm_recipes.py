@@ -136,16 +136,22 @@ def _ranks(
     part: dict[str, Any],
     override: dict[str, Any],
     chosen: dict[str, Any],
-    gpus: int,
-    fits: bool,
+    node: int,
+    nodes: int,
 ) -> dict[str, Any]:
-    """The flags of parallelism. A small model takes one GPU, as their tool has it; an explicit ``tp`` wins."""
+    """The flags of parallelism over ``nodes`` of ``node`` GPUs; an explicit ``tp`` wins where theirs does."""
     kind = pool if strategy == "pd_cluster" else strategy.rpartition("_")[2]
+    gpus = node * nodes
+    if kind == "pp":
+        return {"tensor-parallel-size": node, "pipeline-parallel-size": nodes}
+    if kind == "dp":
+        return {"tensor-parallel-size": node, "data-parallel-size": nodes}
     tensor = part.get("tp", override.get("tp", chosen.get("tp")))
+    wanted = tensor if isinstance(tensor, int) and 0 < tensor <= gpus else None
     if kind == "dep":
-        each = tensor if isinstance(tensor, int) and tensor > 0 and strategy == "pd_cluster" else 1
+        each = (wanted or 1) if strategy == "pd_cluster" else 1
         return {"tensor-parallel-size": each, "data-parallel-size": gpus // each, "enable-expert-parallel": True}
-    ranks = tensor if isinstance(tensor, int) and strategy == "single_node_tp" and 0 < tensor <= gpus else gpus
+    ranks = (wanted or gpus) if strategy == "single_node_tp" else gpus
     return {"tensor-parallel-size": ranks, **({"enable-expert-parallel": True} if kind == "tep" else {})}
 
 
