@@ -279,6 +279,43 @@ def test_room_on_gb300_with_four_gpus() -> None:
         assert low * (1 - ERROR) <= (found.budget - draft) / 1e9 <= high * (1 + ERROR)
 
 
+@pytest.mark.parametrize(
+    ("memory", "utilisation", "parallel", "batched", "pool", "source"),
+    [
+        (95 * GIB, 0.95, Parallel(tensor=2), 8192, 7.01, "vllm issue 51041: H20, 95 GiB, KV pool of 7.01 GiB"),
+        (
+            97871 << 20,
+            0.95,
+            Parallel(tensor=2, expert=2),
+            16384,
+            5.44,
+            "vllm issue 44376: GH200, 5.44 GiB for the cache",
+        ),
+    ],
+)
+def test_all_that_is_not_cache_as_two_users_saw_it(
+    memory: int, utilisation: float, parallel: Parallel, batched: int, pool: float, source: str
+) -> None:
+    """Weights, activations, graphs and context of V4-Flash together: what utilisation leaves without the pool."""
+    args = {"gpu-memory-utilization": utilisation, "max-num-batched-tokens": batched, "max-model-len": 30000}
+    found = case("deepseek-v4-flash", "h200", parallel, **args, **{"kv-cache-dtype": "fp8"})
+    found = fit(replace(found, sheet=found.sheet.model_copy(update={"memory_bytes": memory})))
+    assert (found.space.weights + found.space.reserves) / GIB == pytest.approx(
+        memory * utilisation / GIB - pool, rel=ERROR
+    ), source
+
+
+def test_a_dense_model() -> None:
+    """Llama-3.1-8B, from its config.json: 8.03 billion parameters, 128 KiB of cache a token in BF16."""
+    config = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_hidden_layers=32)
+    config |= dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False, torch_dtype="bfloat16")
+    traits = read_traits(config)
+    found = weights(traits, Formats(config))
+    assert sum(w.parameters for w in found) / 1e9 == pytest.approx(8.03, rel=0.002)
+    assert cache_of(traits, TP[1]).token_bytes == 128 * 1024
+    assert sum(per_rank(found, TP[4], traits).values()) == pytest.approx(8.03e9 * 2 / 4, rel=0.01)
+
+
 def test_more_batched_tokens_leave_less_for_sequences() -> None:
     few = fit(case("deepseek-v4-flash", "gb200-nvl72", TP[4], **SMALL))
     many = fit(case("deepseek-v4-flash", "gb200-nvl72", TP[4], **{**SMALL, "max-num-batched-tokens": 32768}))

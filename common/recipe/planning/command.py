@@ -79,8 +79,8 @@ def plan(
                 console.print(line, highlight=False, markup=False)
             for r in published:
                 a = r.anchor
-                text = f"published: {a.total:,.0f} total tokens/s/GPU at {a.per_user:g} tokens/s/user, {a.engine}, {a.source}"
-                console.print(text, highlight=False, markup=False)
+                figures = f"{a.total:,.0f} total tokens/s/GPU at {a.per_user:g} tokens/s/user"
+                console.print(f"published: {figures}, {a.engine}, {a.source}", highlight=False, markup=False)
         else:
             console.print(_nothing(found, slo_tokens_per_second_user, ttft), highlight=False)
     if not found.front:

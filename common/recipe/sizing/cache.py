@@ -1,8 +1,9 @@
 """Memory of the KV cache and of recurrent state: per token, per sequence, and what engines reserve per batched token.
 
 Content is what a token leaves behind. Engines allocate more: vLLM packs all layers of a kind into blocks of one size
-(`Blocks`), SGLang sizes pools by ratios. Byte layouts are those of vLLM 0.32 (``models/deepseek_v4/compressor.py``,
-``v1/kv_cache_interface.py``) and SGLang 0.5.23 (``model_executor/pool_configurator.py``).
+(`Blocks`, here for V4 alone; what other hybrids lose to padding is not counted), SGLang sizes pools by ratios. Byte
+layouts are those of vLLM 0.32 (``models/deepseek_v4/compressor.py``, ``v1/kv_cache_interface.py``) and SGLang 0.5.23
+(``model_executor/pool_configurator.py``).
 """
 
 from __future__ import annotations
@@ -103,10 +104,13 @@ class Cache:
         return float(self.blocks.demand(length, step))
 
     def in_flight(self, tokens: int, length: int) -> float:
-        """Bytes of state of ``tokens`` batched tokens, which all sequences share; at most ``length`` of them of one."""
+        """Bytes of state of ``tokens`` batched tokens of sequences of ``length``; all sequences share it."""
         if self.blocks is None:
             return self.per_batched_token * tokens
-        return float(self.blocks.demand(length, min(tokens, length)) - self.blocks.demand(length, 1))
+        whole, rest = divmod(tokens, max(1, length))
+        least = self.blocks.demand(length, 1)
+        size = whole * (self.blocks.demand(length, length) - least)
+        return float(size + (self.blocks.demand(length, rest) - least if rest else 0))
 
 
 def cache_of(

@@ -129,6 +129,10 @@ def _show(console: Console, fit: Fit) -> None:
         f"the workload wants {case.wanted}",
         highlight=False,
     )
+    if case.options.engine == "vllm" and space.cache > 0:
+        one = case.cache.sequence(case.options.max_length, case.options.in_flight)
+        text = f"vLLM's own log would say: concurrency {space.cache / one:.2f}x for {case.options.max_length} tokens"
+        console.print(text, highlight=False)
     console.print(f"verdict: {fit.verdict}", style="bold", highlight=False)
     for line in fit.reasons:
         console.print(f"  because {line}", highlight=False)
