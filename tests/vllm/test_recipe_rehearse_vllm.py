@@ -31,7 +31,7 @@ from fourfold.common.recipe.rehearsing.replica import LAYERS, Replica, continuat
 from fourfold.common.recipe.rehearsing.substitutions import substituted
 from fourfold.common.recipe.rehearsing.traits import ARCHITECTURES, read_traits
 from fourfold.common.recipe.rendering.layout import layout
-from fourfold.common.recipe.run import check_machine, with_own_drafts
+from fourfold.common.recipe.run import check_machine, deployment, with_own_drafts
 from fourfold.common.serving import EngineServer, free_port
 
 
@@ -125,6 +125,22 @@ def test_run_refuses_what_this_machine_is_not(known: Catalogue) -> None:
             else:
                 with pytest.raises(FourfoldError, match=r"needs \d+ (machines|GPUs)"):
                     check_machine(of)
+
+
+def test_run_wants_the_router_of_several_servers(known: Catalogue, tmp_path: Path) -> None:
+    recipe = known.recipe("cpu/smollm2")
+    plan = recipe.engines["vllm"]
+    role = plan.roles["aggregated"].model_copy(update={"replicas": 2})
+    plan = plan.model_copy(update={"roles": {"aggregated": role}})
+    of = layout(
+        recipe.model_copy(update={"engines": {"vllm": plan}}),
+        "vllm",
+        known.model(recipe.model),
+        known.hardware(recipe.hardware),
+    )
+    with pytest.raises(FourfoldError, match="pip install vllm-router"):
+        deployment(of, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_own_drafts_are_made(tmp_path: Path) -> None:

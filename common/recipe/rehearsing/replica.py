@@ -85,7 +85,7 @@ def write_replica(path: Path, traits: Traits, engine: str, drafts: bool) -> Repl
 
     generator = torch.Generator().manual_seed(0)
     family = traits.family
-    config = _config(traits)
+    config = _config(traits, engine)
     tensors = _target(family, traits, generator)
     head = _head(family, traits, generator) if drafts else {}
     own = drafts and family != "llama" and engine == "vllm"  # the engine's class of the family reads one checkpoint
@@ -102,7 +102,7 @@ def write_replica(path: Path, traits: Traits, engine: str, drafts: bool) -> Repl
     return Replica(model, draft, traits)
 
 
-def _config(traits: Traits) -> dict[str, Any]:
+def _config(traits: Traits, engine: str) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[traits.family]],
         "model_type": traits.family,
@@ -138,7 +138,7 @@ def _config(traits: Traits) -> dict[str, Any]:
     }
     if traits.family == "glm4_moe":
         return config | {"head_dim": HEAD_DIM, "use_qk_norm": True, "partial_rotary_factor": 0.5}
-    return config | {
+    config |= {
         "num_key_value_heads": HEADS,
         "q_lora_rank": Q_RANK,
         "kv_lora_rank": KV_RANK,
@@ -149,8 +149,9 @@ def _config(traits: Traits) -> dict[str, Any]:
         "scoring_func": "sigmoid",
         "moe_layer_freq": 1,
         "ep_size": 1,
-        # SGLang takes MLA with scaled rotations only.
-        "rope_scaling": {
+    }
+    if engine == "sglang":  # which takes MLA with scaled rotations only, on a processor
+        config["rope_scaling"] = {
             "type": "yarn",
             "factor": 2.0,
             "original_max_position_embeddings": 1024,
@@ -158,8 +159,8 @@ def _config(traits: Traits) -> dict[str, Any]:
             "beta_slow": 1,
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
-        },
-    }
+        }
+    return config
 
 
 def _target(family: Family, traits: Traits, generator: Any) -> dict[str, Tensor]:
