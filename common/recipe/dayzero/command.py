@@ -46,7 +46,11 @@ def new(
         from fourfold.common.errors import FourfoldError
 
         raise FourfoldError(f"--workload {workload}: no such workload{nearest(workload, WORKLOADS)}")
-    sheet = Catalogue(catalogue).hardware(hardware, "--hardware")
+    known = Catalogue(catalogue)
+    longer = [sheet for sheet in known.names("hardware") if sheet.startswith(f"{hardware}-")]
+    if hardware not in known.names("hardware") and len(longer) == 1:
+        hardware = longer[0]  # gb300: there is one kind of it
+    sheet = known.hardware(hardware, "--hardware")
     found = read_model(model)
     named = name_of(found, name)
     composed = compose(found, sheet, workload, named, repo, nvfp4, concurrency)

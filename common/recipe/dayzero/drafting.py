@@ -45,7 +45,7 @@ class Drafting:
 def drafting(found: Found, traits: Traits, workload: str, name: str) -> Drafting:
     """Choose by traits; ``name`` is the model's, for the draft directory."""
     if traits.dspark:
-        block = int(traits.get("dspark_block_size")) or DSPARK_MOST
+        block = max(0, int(traits.get("dspark_block_size"))) or DSPARK_MOST
         tokens = min(block, DSPARK_MOST)
         vllm = {"method": "dspark", "num_speculative_tokens": tokens, "draft_sample_method": "probabilistic"}
         sglang = {"speculative-algorithm": "DSPARK", "speculative-dspark-block-size": min(block, DSPARK_MOST + 1)}
