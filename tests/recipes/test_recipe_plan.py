@@ -15,7 +15,15 @@ from fourfold.common.cli import app
 from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.planning.anchors import ACCEPTANCE, ANCHORS, acceptance_of, by_position
-from fourfold.common.recipe.planning.calibrate import calibrate, loss, predicted, residuals, shipped, typical_error
+from fourfold.common.recipe.planning.calibrate import (
+    calibrate,
+    left_out,
+    loss,
+    predicted,
+    residuals,
+    shipped,
+    typical_error,
+)
 from fourfold.common.recipe.planning.layouts import name_of, possible
 from fourfold.common.recipe.planning.planner import Plan, Subject, front, plan
 from fourfold.common.recipe.planning.plot import png_plot, text_plot
@@ -59,6 +67,13 @@ def test_calibration_is_the_best_nearby_and_explains_its_anchors() -> None:
     assert typical_error(residuals(by)) < 0.2
     for anchor in USED:
         assert abs(predicted(anchor, by).error) < 0.4, anchor.what
+
+
+def test_figures_left_out_are_predicted_from_the_others() -> None:
+    found = left_out()
+    assert len(found) == len(USED)
+    assert typical_error(residuals(calibrate())) < typical_error(found) < 0.25
+    assert max(abs(r.error) for r in found) < 0.5
 
 
 def test_calibration_follows_the_figures_that_it_is_given() -> None:
@@ -147,6 +162,8 @@ def test_points_say_where_they_leave_the_calibration(pro: Plan) -> None:
     inside = [p for p in pro.points if p.prefill and name_of(p.decode[0]) == "DEP8" and name_of(p.prefill[0]) == "DEP4"]
     assert any(not point.beyond for point in inside)
     assert all(point.beyond for point in pro.points if name_of(point.decode[0]) == "DEP32")
+    crowded = [p for p in pro.points if p.prefill is None and p.users * p.decode[0].data > 20]
+    assert crowded and all(any("users of one role" in text for text in p.beyond) for p in crowded)
     other = plan(subject("gpt-oss-120b", "h200", input_tokens=1000, acceptance=(), most_gpus=8), calibrate())
     assert [line.split()[0] for line in other.beyond] == ["model", "hardware", "1000"]
 

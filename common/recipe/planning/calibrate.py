@@ -116,6 +116,12 @@ def residuals(by: Calibration, anchors: Sequence[Anchor] = ANCHORS) -> list[Resi
     return [predicted(anchor, by) for anchor in anchors]
 
 
+def left_out(anchors: Sequence[Anchor] = ANCHORS) -> list[Residual]:
+    """Each calibrating anchor against a model calibrated without it: the error to expect of figures not yet seen."""
+    used = [anchor for anchor in anchors if anchor.calibrates]
+    return [predicted(one, calibrate(tuple(a for a in used if a is not one))) for one in used]
+
+
 def typical_error(found: Sequence[Residual]) -> float:
     """The root mean square of the logarithmic errors of calibrating anchors, as a relative error."""
     squares = [math.log1p(r.error) ** 2 for r in found if r.anchor.calibrates]

@@ -35,6 +35,9 @@ def plan(
     ] = None,
     prices: Annotated[str | None, typer.Option(help="Price sheet; without one no cost is printed.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also write a PNG; needs matplotlib.")] = None,
+    cross_check: Annotated[
+        bool, typer.Option("--cross-check", help="Also predict each published figure from the others alone.")
+    ] = False,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 16,
     catalogue: Annotated[
         list[Path] | None, typer.Option("--catalogue", help="Folder with cards and sheets of your own; repeatable.")
@@ -48,7 +51,7 @@ def plan(
     """
     from fourfold.common.errors import FourfoldError
     from fourfold.common.recipe.loading import Catalogue
-    from fourfold.common.recipe.planning.calibrate import calibrate, residuals
+    from fourfold.common.recipe.planning.calibrate import calibrate, left_out, residuals
     from fourfold.common.recipe.planning.planner import plan as make
     from fourfold.common.recipe.planning.plot import png_plot, text_plot
 
@@ -66,13 +69,14 @@ def plan(
     }
     if plot is not None:
         png_plot(series, plot, f"{subject.model} on {hardware}, {input_tokens} in, {output_tokens} out")
+    unseen = left_out() if cross_check else []
     if as_json:
-        typer.echo(json.dumps(_facts(subject, found, errors, published, price, prices), indent=1))
+        typer.echo(json.dumps(_facts(subject, found, errors, unseen, published, price, prices), indent=1))
     else:
         from rich.console import Console
 
         console = Console()
-        _head(console, subject, found, errors)
+        _head(console, subject, found, errors, unseen)
         if found.front:
             _table(console, found.front, rows, price, prices)
             for line in text_plot({name: values for name, values in series.items() if values}):
@@ -157,6 +161,7 @@ def _facts(
     subject: Subject,
     found: Plan,
     errors: list[Residual],
+    unseen: list[Residual],
     published: list[Residual],
     price: float | None,
     prices: str | None,
@@ -191,20 +196,8 @@ def _facts(
         "output_tokens": subject.output_tokens,
         "acceptance_lengths": list(subject.acceptance),
         "calibration": {**vars(calibrate()), "typical_error": typical_error(errors)},
-        "anchors": [
-            {
-                "what": r.anchor.what,
-                "metric": r.anchor.metric,
-                "model": r.anchor.model,
-                "hardware": r.anchor.hardware,
-                "published": r.published,
-                "predicted": r.predicted,
-                "error": r.error,
-                "calibrates": r.anchor.calibrates,
-                "source": r.anchor.source,
-            }
-            for r in errors
-        ],
+        "anchors": [_anchor(r) for r in errors],
+        "cross_check": [_anchor(r) for r in unseen],
         "beyond_calibration": list(found.beyond),
         "does_not_fit": {role: [f.case.parallel.model_dump() for f in fits] for role, fits in found.refused.items()},
         "front": [facts(point) for point in found.front],
@@ -221,7 +214,19 @@ def _facts(
     }
 
 
-def _head(console: Console, subject: Subject, found: Plan, errors: list[Residual]) -> None:
+def _anchor(r: Residual) -> dict[str, Any]:
+    a = r.anchor
+    facts = {"what": a.what, "metric": a.metric, "model": a.model, "hardware": a.hardware, "source": a.source}
+    return {
+        **facts,
+        "published": r.published,
+        "predicted": r.predicted,
+        "error": r.error,
+        "calibrates": a.calibrates,
+    }
+
+
+def _head(console: Console, subject: Subject, found: Plan, errors: list[Residual], unseen: list[Residual]) -> None:
     from fourfold.common.recipe.planning.anchors import by_position
     from fourfold.common.recipe.planning.calibrate import typical_error
     from fourfold.common.recipe.planning.layouts import name_of
@@ -240,6 +245,10 @@ def _head(console: Console, subject: Subject, found: Plan, errors: list[Residual
         f"{typical_error(errors):.0%}, worst {worst.error:+.0%} ({worst.anchor.what}, {worst.anchor.hardware}); "
         "nothing here is measured"
     )
+    if unseen:
+        worst = max(unseen, key=lambda r: abs(r.error))
+        typical = typical_error(unseen)
+        say(f"each figure predicted from the others: typical error {typical:.0%}, worst {worst.error:+.0%}")
     for r in errors:
         if not r.anchor.calibrates:
             a = r.anchor

@@ -186,7 +186,7 @@ def _point(
 ) -> Point:
     gpus = decode[0].world * decode[1] + (prefill[0].world * prefill[1] if prefill else 0)
     total, output = requests * job.total / gpus, requests * job.output_tokens / gpus
-    beyond = tuple(_beyond(prefill, decode, per_user))
+    beyond = tuple(_beyond(prefill, decode, per_user, users))
     tight = room.fit.verdict == "tight"
     return Point(prefill, decode, job.drafts, users, per_user, total, output, ttft, gpus, tight, beyond)
 
@@ -219,14 +219,18 @@ def beyond_all(subject: Subject) -> list[str]:
     return out
 
 
-def _beyond(prefill: tuple[Parallel, int] | None, decode: tuple[Parallel, int], per_user: float) -> Iterator[str]:
+def _beyond(
+    prefill: tuple[Parallel, int] | None, decode: tuple[Parallel, int], per_user: float, users: int
+) -> Iterator[str]:
     used = [anchor for anchor in ANCHORS if anchor.calibrates]
     rates = [anchor.per_user for anchor in used if anchor.per_user]
     if not min(rates) / SIMILAR <= per_user <= max(rates) * SIMILAR:
         yield f"{per_user:.0f} tokens/s/user"
-    # One role for both was calibrated in other layouts than decode alone.
+    # One role for both was calibrated in other layouts than decode alone, and with few users.
     same = [a for a in used if (a.prefill is None) == (prefill is None)]
     if _key(decode[0]) not in {_key(a.decode) for a in same}:
         yield name_of(decode[0])
     if prefill and _key(prefill[0]) not in {_key(a.prefill) for a in used if a.prefill}:
         yield f"prefill {name_of(prefill[0])}"
+    if prefill is None and users * decode[0].data > SIMILAR * max(a.concurrency for a in same):
+        yield f"{users * decode[0].data} users of one role"
