@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
+from fourfold.common.demo.environment import ENVS
 from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.check.fix import apply
 from fourfold.common.recipe.check.renames import renamed, suggestions, table
 from fourfold.common.recipe.check.result import Rename
+from fourfold.common.recipe.check.snapshots import load, shipped
 from fourfold.common.recipe.loading import read_yaml
 
 VERSIONS = [("vllm", "0.32.0"), ("vllm", "0.33.0"), ("sglang", "0.5.23")]
@@ -105,6 +109,66 @@ def test_every_entry_says_what_to_do() -> None:
             assert found.source and found.text.startswith(name)
             after = renamed(options, env, [found])
             assert suggestions(engine, version, *after) == [], entry
+
+
+def vllm_sources() -> dict[str, Path]:
+    """The package of vLLM 0.32, which is installed here, and of 0.33, which is unpacked beside it."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec and spec.origin
+    return {"0.32.0": Path(spec.origin).parent, "0.33.0": ENVS / "vllm-0.33.0" / "vllm"}
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.0"])
+def test_the_table_is_true_of_vllm(version: str) -> None:
+    """Old names are in no parser and no table of variables of the sources, new ones are."""
+    source = vllm_sources()[version]
+    parsers = [source / "engine" / "arg_utils.py", *(source / "entrypoints").rglob("cli_args.py")]
+    flags = "\n".join(path.read_text() for path in parsers)
+    keys = "\n".join(path.read_text() for path in (source / "config").glob("*.py"))
+    variables = (source / "envs.py").read_text()
+
+    def has(option: str) -> bool:
+        name, _, key = option.partition(".")
+        if key:
+            return re.search(rf"^    {key}:", keys, re.MULTILINE) is not None
+        return f'"--{name}"' in flags or f"\n    {name.replace('-', '_')}:" in flags
+
+    for entry in table().engines["vllm"].entries:
+        if entry.versions and version not in SpecifierSet(entry.versions):
+            assert entry.env and f'"{entry.env}":' in variables, entry  # the narrower range is needed
+            continue
+        if entry.env:
+            assert f'"{entry.env}":' not in variables, entry
+        elif entry.option != entry.to:
+            assert entry.option and not has(entry.option), entry
+        new = entry.to_option or (entry.to if entry.option else None)
+        assert new is None or has(new), entry
+        for value in (entry.values or {}).values() if new == "moe-backend" else ():
+            assert value is None or f'"{value}"' in keys, entry
+
+
+def test_the_table_is_true_of_snapshots() -> None:
+    """The same of every shipped snapshot, SGLang's too; and what the snapshots know as new names exists."""
+    for target in shipped():
+        facts = load(target.engine, target.version)
+        assert facts is not None
+        for rename in of_table(target.engine, target.version):
+            new = (rename.new or "").partition(".")
+            if rename.kind == "env":
+                assert rename.old not in facts["env"], rename
+                assert rename.new is None or rename.new in facts["env"], rename
+            elif rename.new is not None:
+                assert new[0] in facts["options"], rename
+
+
+def of_table(engine: str, version: str) -> list[Rename]:
+    """Every rename that the table can give for a version."""
+    out = []
+    for entry in table().engines["vllm" if engine == "vllm" else "sglang"].entries:
+        for said in entry.values or {"1": None}:
+            name = entry.option or entry.env or ""
+            out += suggestions(engine, version, *(({name: said}, {}) if entry.option else ({}, {name: said})))
+    return out
 
 
 def test_versions_scope_the_table() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,6 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.check.renames import as_mapping, value_of
 from fourfold.common.recipe.check.result import Severity
 from fourfold.common.recipe.launch import Start, engine_of, starts
@@ -209,11 +207,5 @@ def case_of(
 
 
 def _config(card: ModelCard) -> Mapping[str, Any]:
-    try:
-        path = Catalogue().model_path(card.id).parent / card.config
-        data = json.loads(path.read_text())
-    except (StopIteration, OSError):
-        return {}
-    except ValueError as error:
-        raise FourfoldError(f"models/{card.config}: not JSON: {error}") from None
-    return data if isinstance(data, dict) else {}
+    known = Catalogue()
+    return known.config(card.id) if card.id in known.names("models") else {}
