@@ -446,3 +446,14 @@ def test_configurations_with_one_wrong_value_are_sized_or_refused(name: str) -> 
                 assert "config" in str(error)
                 refused += 1
     assert refused > 30
+
+
+@pytest.mark.parametrize("name", Catalogue().recipe_paths)
+def test_every_shipped_recipe_fits_its_hardware(name: str) -> None:
+    known = Catalogue()
+    recipe = known.recipe(name)
+    card, sheet, traits = known.model(recipe.model), known.hardware(recipe.hardware), model(recipe.model)[0]
+    for engine in recipe.engines:
+        for role in cases_of(recipe, engine, card, traits, sheet):
+            found = fit(role)
+            assert found.verdict != "does not fit", (engine, role.role, found.reasons)
