@@ -255,7 +255,7 @@ class ModelCard(Strict):
     schema_: Literal["fourfold/model/1"] = Field(alias="schema")
     id: Name
     repo: str = Field(pattern=REPOSITORY, max_length=200, description="repository of the weights")
-    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{7,40}$")
+    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{7,40}$", description="commit of the repository")
     released: datetime.date | None = None
     license: Text = Field(description="of the weights")
     config: str = Field(
@@ -278,7 +278,7 @@ class HardwareSheet(Strict):
     id: Name
     gpu: Text
     compute_capability: str | None = Field(default=None, pattern=r"^\d+\.\d$", description="None: not CUDA")
-    gpus_per_node: Count
+    gpus_per_node: Count = Field(description="GPUs under one operating system")
     nvlink_domain: Count = Field(description="GPUs that reach each other over NVLink; 1: none")
     memory_bytes: int = Field(gt=0, description="of one GPU, as its driver reports it")
     memory_bandwidth: float = Field(gt=0, description="bytes a second")

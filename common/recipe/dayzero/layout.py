@@ -146,7 +146,7 @@ def _layout(
     needed = max(demand.least, -(-demand.concurrency // ranks)) if demand.concurrency else demand.least
     if room <= 0 or fit < needed or kept.sequence(length) > room:
         return (
-            f"{parallel.world} GPUs of {sheet.memory_bytes / 1e9:.0f} GB hold {held / 1e9:.0f} GB of weights each and "
+            f"{parallel.world} ranks of {sheet.memory_bytes / 1e9:.0f} GB hold {held / 1e9:.0f} GB of weights each and "
             f"{max(fit, 0)} requests of {demand.tokens} tokens; expected {needed}"
         )
     if demand.concurrency:
@@ -178,7 +178,12 @@ def _candidates(
             tensor -= 1
         yield Parallel(tensor=tensor, data=world // tensor, expert=world if world > 1 else 1)
     per_node = sheet.gpus_per_node
-    if joined <= per_node and splits(traits, per_node, widths) and traits.experts % per_node == 0:
+    if (
+        sheet.compute_capability
+        and joined <= per_node
+        and splits(traits, per_node, widths)
+        and traits.experts % per_node == 0
+    ):
         for stages in STAGES:  # between nodes only activations travel
             yield Parallel(tensor=per_node, pipeline=stages, expert=per_node if traits.experts else 1)
 
