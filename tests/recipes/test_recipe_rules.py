@@ -40,6 +40,7 @@ BASE: dict[str, Any] = {
             "env": {
                 "UCX_TLS": "cuda_copy,cuda_ipc,tcp",
                 "UCX_CUDA_IPC_ENABLE_MNNVL": "y",
+                "UCX_RCACHE_MAX_UNRELEASED": 1024,
                 "VLLM_ENGINE_READY_TIMEOUT_S": 3600,
             },
             "roles": {
@@ -182,6 +183,8 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("simulated-acceptance", "sglang", {}, sglang({}, {"SGLANG_SIMULATE_ACC_LEN": 2.49}), "acceptance is simulated"),
     ("weights-exceed-memory", "vllm", vllm(**PARALLEL_8) | GB200, vllm(prefill={"parallel": {"data": 4, "expert": 4}}),
      "201 GiB of weights"),
+    ("weights-leave-little", "vllm", {}, vllm({"gpu-memory-utilization": 0.8}), "weights leave about 5 GiB"),
+    ("weights-leave-little", "sglang", {}, sglang({"mem-fraction-static": 0.8}), "of mem-fraction-static"),
     ("heads-divide", "sglang", {}, sglang(**decode(tensor=3, data=4, expert=12)), "3 ranks share 128"),
     ("context-beyond-model", "vllm", {}, vllm({"max-model-len": 2097152}), "knows 1048576"),
     ("workload-beyond-context", "vllm", {}, vllm({"max-model-len": 8192}), "has 9216"),
@@ -216,6 +219,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("ucx-transport", "sglang", sglang({}, {"UCX_TLS": "rc,cuda_copy,tcp"}), sglang({}, {"UCX_TLS": "cuda_copy,tcp"}),
      "leaves TCP"),
     ("ucx-control", "vllm", {}, vllm({}, {"UCX_TLS": "cuda_copy,cuda_ipc"}), "add it"),
+    ("ucx-cache", "vllm", {}, vllm({}, {"UCX_RCACHE_MAX_UNRELEASED": None}), "set 1024"),
     ("nvlink-kv-memory", "vllm", {}, vllm({"enable-sleep-mode": None}), "CUDA VMM"),
     ("mooncake-nvlink", "sglang", {}, sglang({}, {"MC_FORCE_MNNVL": None}), "without MC_FORCE_MNNVL"),
     ("mooncake-hashes", "vllm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from fourfold.common.recipe.check import snapshots
@@ -266,14 +267,19 @@ def _share(roles: dict[str, dict[str, Any]], plan: dict[str, Any]) -> None:
 
 def _card(deployment: Deployment, catalogue: Catalogue) -> str:
     """The id of the model's card, or one made from its name."""
-    known = catalogue.names("models")
-    repos = {catalogue.model(name).repo.lower(): name for name in known}
+    repos = _repositories(catalogue)
     for name in deployment.models:
         if name.lower() in repos:
             return repos[name.lower()]
-        if slug(name.rpartition("/")[2]) in known:
+        if slug(name.rpartition("/")[2]) in repos.values():
             return slug(name.rpartition("/")[2])
     return slug(deployment.models[0].rpartition("/")[2]) if deployment.models else "unnamed"
+
+
+@lru_cache(maxsize=4)
+def _repositories(catalogue: Catalogue) -> dict[str, str]:
+    """Repository of the weights, in small letters, to the model card's id."""
+    return {catalogue.model(name).repo.lower(): name for name in catalogue.names("models")}
 
 
 def _known(names: list[str], name: str, folder: str, unknown: list[str]) -> bool:

@@ -8,6 +8,7 @@ ENGINES = {"vllm": ">=0.32,<0.34", "sglang": "==0.5.23"}
 LENGTH = {"vllm": "max-model-len", "sglang": "context-length"}
 REQUESTS = {"vllm": "max-num-seqs", "sglang": "max-running-requests"}
 GIB = 1 << 30
+LAYOUT = 1.08  # loaded weights over the checkpoint's bytes, with what every rank holds
 
 
 @rule(
@@ -28,6 +29,29 @@ def _weights(case: Case) -> Said:
                 role.where() + ".parallel",
                 f"{role.parallel.world} GPUs hold {each / GIB:.0f} GiB of weights each if every one is shared out, and "
                 f"a {case.sheet.gpu} has {holds / GIB:.0f} GiB; expected at least {least} GPUs",
+            )
+
+
+@rule(
+    "weights-leave-little",
+    "warning",
+    "observed on DeepSeek-V4-Pro: TP8 loaded 107.98 GiB where the checkpoint's share is 100.7, and DEP4 on GB300 left "
+    "18 to 31 GB",
+    **ENGINES,
+)
+def _little(case: Case) -> Said:
+    if case.card.published_bytes is None or not case.cuda:
+        return
+    option = {"vllm": ("gpu-memory-utilization", 0.9), "sglang": ("mem-fraction-static", 0.9)}[case.engine]
+    for role in case.roles:
+        share = role.get(*option)
+        usable = (float(share) if isinstance(share, (int, float)) else option[1]) * case.sheet.memory_bytes
+        left = usable - LAYOUT * case.card.published_bytes / role.parallel.world
+        if case.card.published_bytes / role.parallel.world <= 0.95 * case.sheet.memory_bytes and left < 16 * GIB:
+            yield (
+                role.where() + ".parallel",
+                f"{role.parallel.world} GPUs: weights leave about {max(left, 0) / GIB:.0f} GiB of {option[0]} for the "
+                "KV cache, graphs and state; expected more GPUs, or see fourfold recipe fit",
             )
 
 

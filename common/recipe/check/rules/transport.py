@@ -47,6 +47,22 @@ def _control(case: Case) -> Said:
 
 
 @rule(
+    "ucx-cache",
+    "note",
+    "Dynamo recipes for DeepSeek-V4 on GB200: the cache of registrations grows without bound",
+    vllm=ENGINES["vllm"],
+)
+def _cache(case: Case) -> Said:
+    for role in case.roles:
+        nixl = any(name.startswith("Nixl") for name in role.connectors)
+        if case.pair() and case.rack and nixl and "UCX_RCACHE_MAX_UNRELEASED" not in role.env:
+            yield (
+                role.where("UCX_RCACHE_MAX_UNRELEASED", "env"),
+                "Nixl without UCX_RCACHE_MAX_UNRELEASED; published recipes set 1024",
+            )
+
+
+@rule(
     "nvlink-kv-memory",
     "warning",
     "InferenceX recipes for GB200 and GB300; enable_sleep_mode and enable_cumem_allocator in vllm/config/model.py",
