@@ -48,15 +48,18 @@ class RoleCase:
         value = value_of(self.options, option)
         return default if value is None else value
 
+    def text(self, option: str) -> str:
+        """An option's value as text; empty: it is not set."""
+        return str(self.get(option, ""))
+
     def number(self, option: str, default: int = 0) -> int:
         """An option's whole number; the default where it is not one (an engine's parser says so)."""
         value = self.get(option, default)
-        return int(value) if str(value).lstrip("-").isdigit() else default
+        return _whole(value, default)
 
     def variable(self, name: str, default: int) -> int:
         """A variable's whole number."""
-        value = self.env.get(name, "")
-        return int(value) if value.lstrip("-").isdigit() else default
+        return _whole(self.env.get(name, ""), default)
 
     def where(self, what: str = "", kind: str = "args") -> str:
         """The path of an option or variable, or of the role."""
@@ -89,7 +92,14 @@ class RoleCase:
         out = [str(config["kv_connector"])] if "kv_connector" in config else []
         extra = config.get("kv_connector_extra_config")
         inner = extra.get("connectors") if isinstance(extra, dict) else None
-        return out + [str(c.get("kv_connector")) for c in inner or [] if isinstance(c, dict)]
+        return (
+            out + [str(c.get("kv_connector")) for c in inner if isinstance(c, dict)] if isinstance(inner, list) else out
+        )
+
+
+def _whole(value: Any, default: int) -> int:
+    text = str(value)
+    return int(text) if text.removeprefix("-").isdecimal() and len(text) < 19 else default
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def _expert_format(case: Case) -> Said:
         "flashinfer_moe_ep_cutedsl": ("mxfp4", "nvfp4"),
     }
     for role in case.roles:
-        backend = role.get("moe-backend")
+        backend = role.text("moe-backend")
         if backend in takes and case.expert_format is not None and case.expert_format not in takes[backend]:
             yield (
                 role.where("moe-backend"),
@@ -178,7 +178,7 @@ def _divide(case: Case) -> Said:
 )
 def _small_batches(case: Case) -> Said:
     pair = case.pair()
-    if pair and str(pair[1].get("moe-backend", "")).startswith("flashinfer_moe_ep"):
+    if pair and pair[1].text("moe-backend").startswith("flashinfer_moe_ep"):
         tokens = pair[1].number("max-num-batched-tokens")
         if 0 < tokens <= 512:
             yield (

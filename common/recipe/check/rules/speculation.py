@@ -169,7 +169,7 @@ def _simulated(case: Case) -> Said:
     for role in case.roles:
         if role.get("speculative-config.rejection_sample_method") == "synthetic":
             yield role.where("speculative-config"), _SIMULATED
-        if float(role.env.get("SGLANG_SIMULATE_ACC_LEN") or -1) > 0:
+        if role.env.get("SGLANG_SIMULATE_ACC_LEN", "-1").lstrip("+")[:1] not in ("-", ""):
             yield role.where("SGLANG_SIMULATE_ACC_LEN", "env"), _SIMULATED
 
 
