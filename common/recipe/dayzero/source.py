@@ -96,6 +96,8 @@ def _modelopt(path: Path) -> dict[str, Any] | None:
     out = {"quant_method": "modelopt", **quant}
     if isinstance(quant.get("exclude_modules"), list):
         out["ignore"] = out.pop("exclude_modules")
+    if str(quant.get("kv_cache_quant_algo")).upper() == "FP8":
+        out["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return out
 
 
