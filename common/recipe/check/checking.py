@@ -84,6 +84,7 @@ class _Job:
     target: Target
     check: Check
     starts: Sequence[Start]
+    config: Mapping[str, Any]
 
 
 def available(targets: Sequence[Target], asked: Sequence[str] = ()) -> list[Target]:
@@ -157,7 +158,8 @@ def _jobs(recipe: Recipe, catalogue: Catalogue, targets: Sequence[Target]) -> It
         except FourfoldError as error:
             check.findings.append(Finding(1, "error", f"engines.{target.engine}", str(error), target.label))
             every = []
-        yield _Job(recipe, card, sheet, target, check, [s for s in every if s.replica == 0 and s.node < 2])
+        first = [s for s in every if s.replica == 0 and s.node < 2]
+        yield _Job(recipe, card, sheet, target, check, first, catalogue.config(recipe.model))
 
 
 @contextmanager
@@ -323,8 +325,9 @@ def _rules(job: _Job) -> None:
     from fourfold.common.recipe.check import renames, rules
 
     target, check = job.target, job.check
-    check.findings += rules.findings(job.recipe, target.engine, target.version, job.card, job.sheet)
-    check.reached.add(4)
+    if job.starts:  # else there is nothing to start, which L1 says
+        check.findings += rules.findings(job.recipe, target.engine, target.version, job.card, job.sheet, job.config)
+        check.reached.add(4)
     plan = engine_of(job.recipe, target.engine)
     parts = [plan, *plan.roles.values()]
     known: dict[str, Rename] = {}
