@@ -145,7 +145,11 @@ def test_folder_counts_and_command(tmp_path: Path) -> None:
     assert counts["vllm"]["recipes"] == 5 and counts["vllm"]["repaired"] == 5
     runner = CliRunner()
     out = runner.invoke(app, ["recipe", "import", str(SAMPLES / "srt-vllm.yaml"), "--out", str(tmp_path)])
-    assert out.exit_code == 0 and "repaired 1, left 0" in out.output and "deep_gemm_mega_moe" in out.output
+    assert (
+        out.exit_code == 0
+        and "1 recipes with 4 old settings: repaired 1, left 0" in out.output
+        and "deep_gemm_mega_moe" in out.output
+    )
     assert (tmp_path / "deepseek-v4-pro" / "srt-vllm.yaml").is_file()
     again = runner.invoke(app, ["recipe", "import", str(SAMPLES / "srt-vllm.yaml"), "--out", str(tmp_path)])
     assert isinstance(again.exception, FourfoldError) and "is there already" in str(again.exception)

@@ -109,6 +109,7 @@ def _summary(found: Collection) -> None:
     rows = found.counts().values()
     repaired, left = sum(row["repaired"] for row in rows), sum(row["left"] for row in rows)
     typer.echo(
-        f"{found.files} files, {len(found.imported)} recipes: repaired {repaired}, left {left}, "
+        f"{found.files} files, {len(found.imported)} recipes with {sum(len(item.rot) for item in found.imported)} old "
+        f"settings: repaired {repaired}, left {left}, "
         f"not read {len(found.failed)}, other files {len(found.others)}"
     )
