@@ -25,6 +25,8 @@ from fourfold.common.recipe.dayzero.source import read_model
 from fourfold.common.recipe.dayzero.vocabulary import unknown_traits
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.schema import ModelCard, Recipe
+from fourfold.common.recipe.sizing.fit import cases_of, fit
+from fourfold.common.recipe.sizing.traits import flat, read_traits
 
 SHIPPED = Catalogue()
 MODELS = (
@@ -106,6 +108,18 @@ def test_all_pass_the_rules(chosen: dict[tuple[str, str, str], Composed]) -> Non
         for engine, version in (("vllm", "0.32.0"), ("vllm", "0.33.0"), ("sglang", "0.5.23")):
             found = rules.findings(recipe, engine, version, card, SHIPPED.hardware(hardware))
             assert not [f for f in found if f.severity in ("error", "warning")], (recipe.id, engine, version)
+
+
+def test_all_fit(chosen: dict[tuple[str, str, str], Composed]) -> None:
+    """By fourfold recipe fit, on both engines, with as many requests as the recipe takes."""
+    for (_, hardware, workload), composed in chosen.items():
+        if workload == "chat" and hardware != "gb200-nvl72":
+            recipe, card = Recipe.model_validate(composed.recipe), ModelCard.model_validate(composed.card)
+            traits = read_traits(flat(SHIPPED.config(MODELS[int(composed.name.split("-")[1])])))
+            for engine in recipe.engines:
+                for case in cases_of(recipe, engine, card, traits, SHIPPED.hardware(hardware)):
+                    assert fit(case).verdict == "fits", (composed.name, hardware, engine)
+                    assert case.wanted >= WORKLOADS[workload].least
 
 
 def test_all_pass_parsers_and_variables(unseen: dict[str, Path], tmp_path: Path) -> None:

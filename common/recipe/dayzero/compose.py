@@ -9,16 +9,19 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fourfold.common.errors import FourfoldError
+from fourfold.common.recipe.dayzero.confirming import Model, confirmations, how
 from fourfold.common.recipe.dayzero.drafting import Drafting, drafting
-from fourfold.common.recipe.dayzero.layout import Demand, Layout, choose
+from fourfold.common.recipe.dayzero.layout import Demand, Layout, layouts
 from fourfold.common.recipe.dayzero.source import Found
 from fourfold.common.recipe.dayzero.vocabulary import SIZES, printable, shortened, unknown_traits
-from fourfold.common.recipe.loading import FOLDERS
-from fourfold.common.recipe.schema import HardwareSheet
+from fourfold.common.recipe.loading import FOLDERS, parse
+from fourfold.common.recipe.schema import HardwareSheet, ModelCard, Recipe
 from fourfold.common.recipe.sizing.cache import V4_STATE_BLOCK, CacheFormat
+from fourfold.common.recipe.sizing.fit import cases_of, fit
 from fourfold.common.recipe.sizing.quantisation import Formats
+from fourfold.common.recipe.sizing.sharding import DRAFTS
 from fourfold.common.recipe.sizing.traits import Traits, read_traits
-from fourfold.common.recipe.sizing.weights import Weight, weights
+from fourfold.common.recipe.sizing.weights import weights
 
 VERSIONS = {"vllm": ">=0.32,<0.34", "sglang": "==0.5.23"}
 # Prompt and answer, longest request, requests that must fit on a rank, most of a rank, tokens of a step.
@@ -29,7 +32,6 @@ WORKLOADS = {
 }
 CARD_PARTS = {"MTP": "mtp", "DSpark draft": "draft", "vision encoder": "vision"}
 SLOW = 100e9  # bytes of a checkpoint whose first start takes longer than vLLM waits, ten minutes
-FAR = 0.05  # a difference between the weights' size and what the sizes account for that is worth a line
 LARGEST = 1 << 33  # of any size in a config; more is a mistake
 COUNTS = {"num_hidden_layers": 4096, "n_layer": 4096} | dict.fromkeys(
     ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_mtp_layers"), 64
@@ -75,40 +77,62 @@ def compose(
     Raises:
         FourfoldError: a size is missing from the config, or no layout of this hardware holds the model.
     """
+    model = _sized(found, lambda: _model(found, sheet, name, nvfp4))
+    demand = replace(WORKLOADS[workload], concurrency=concurrency)
+    demand = demand.within(max(2, model.traits.max_length)) if model.traits.max_length else demand
+    card = _card(model, name, repo)
+    drafts = Drafting()
+    if sheet.compute_capability:
+        drafts = _sized(found, lambda: drafting(found, model.traits, workload, name))
+    if not drafts.method:
+        model = replace(model, parts=[part for part in model.parts if part.part not in DRAFTS])
+    layout, recipe, drafts = _sized(found, lambda: _fitting(model, card, sheet, workload, demand, drafts))
+    unknown = tuple(printable(line, 400) for line in (*model.traits.unknown, *unknown_traits(found.config)))
+    confirm = tuple(printable(line, 2000) for line in confirmations(model, sheet, layout, drafts, unknown))
+    notes = (how(sheet, layout, demand, workload), *drafts.notes, *confirm)
+    recipe["notes"] = [printable(note, 2000) for note in notes]
+    return Composed(name, card, recipe, layout, unknown, confirm)
+
+
+def _model(found: Found, sheet: HardwareSheet, name: str, nvfp4: bool) -> Model:
     for key, most in ({key: LARGEST for key in SIZES} | COUNTS).items():
         value = found.config.get(key)
         if isinstance(value, (int, float)) and not abs(value) <= most:
             raise FourfoldError(f"{found.path}: {key}: {shortened(value)}; expected at most {most}")
-    traits = _sized(found, lambda: read_traits(found.config, str(found.path)))
-    formats = Formats(found.config, load="nvfp4" if nvfp4 else None, source=str(found.path))
-    parts = _sized(found, lambda: weights(traits, formats))
-    stored = _sized(found, lambda: weights(traits, Formats(found.config, source=str(found.path))))
+    traits = read_traits(found.config, str(found.path))
+    stored = weights(traits, Formats(found.config, source=str(found.path)))
+    parts = weights(traits, Formats(found.config, load="nvfp4", source=str(found.path))) if nvfp4 else stored
     if nvfp4 and all(a.format == b.format for a, b in zip(parts, stored, strict=True)):
         raise FourfoldError(f"--nvfp4: {found.path.parent} has no 16-bit linear weights to quantise while loading")
-    drafts = _sized(found, lambda: drafting(found, traits, workload, name)) if sheet.compute_capability else Drafting()
-    if not drafts.method:
-        parts = [part for part in parts if part.part not in ("MTP", "DSpark draft")]
-    accounted = sum(part.bytes for part in stored)
-    scale = max(1.0, found.bytes / accounted) if found.bytes else 1.0
-    cache = CacheFormat(
-        kv="fp8" if _kv(traits, found) else "auto", indexer=_indexer(traits, sheet), state=_state(traits)
-    )
-    demand = replace(WORKLOADS[workload], concurrency=concurrency)
-    demand = demand.within(max(2, traits.max_length)) if traits.max_length else demand
-    layout = _sized(found, lambda: choose(traits, parts, sheet, demand, cache, scale, drafts.tokens))
-    if layout.parallel.pipeline > 1 and drafts.method:
-        drafts = Drafting(notes=("stages of a pipeline: no speculation, which engines do not combine with them",))
-    unknown = tuple(printable(line, 400) for line in (*traits.unknown, *unknown_traits(found.config)))
-    confirm = tuple(
-        printable(line, 2000)
-        for line in _confirm(found, traits, sheet, layout, drafts, unknown, accounted, cache, nvfp4, parts)
-    )
-    card = _card(found, traits, stored, name, repo)
-    recipe = _recipe(found, traits, parts, sheet, workload, demand, name, layout, drafts, cache, nvfp4)
-    recipe["notes"] = [
-        printable(note, 2000) for note in (_how(sheet, layout, demand, workload), *drafts.notes, *confirm)
-    ]
-    return Composed(name, card, recipe, layout, unknown, confirm)
+    kv = "fp8" if _kv(traits, found) else "auto"
+    cache = CacheFormat(kv=kv, indexer=_indexer(traits, sheet), state=_state(traits))
+    return Model(found, name, traits, stored, parts, cache, nvfp4)
+
+
+def _fitting(
+    model: Model, card: dict[str, Any], sheet: HardwareSheet, workload: str, demand: Demand, drafts: Drafting
+) -> tuple[Layout, dict[str, Any], Drafting]:
+    """The first layout with which `fit` agrees on both engines; with fewer requests where that is enough."""
+    parsed, refused = parse(ModelCard, card, f"card of {model.found.path}"), ""
+    try:
+        for layout in layouts(model.traits, model.parts, sheet, demand, model.cache, model.scale, drafts.tokens):
+            told = drafts
+            if layout.parallel.pipeline > 1 and drafts.method:
+                told = Drafting(notes=("stages of a pipeline: no speculation, which engines do not combine with them",))
+            recipe = _recipe(model, sheet, workload, demand, layout, told)
+            whole = parse(Recipe, recipe, f"recipe for {model.found.path}")
+            cases = [case for e in whole.engines for case in cases_of(whole, e, parsed, model.traits, sheet)]
+            tried = layout.sequences
+            while tried >= (layout.sequences if demand.concurrency else demand.least):
+                results = [fit(replace(case, options=case.options.with_(sequences=tried))) for case in cases]
+                refused = next((result.reasons[0] for result in results if result.reasons), "")
+                if not refused:
+                    layout = replace(layout, sequences=tried)
+                    return layout, _recipe(model, sheet, workload, demand, layout, told), told
+                tried //= 2
+    except FourfoldError as error:
+        raise FourfoldError(f"{error}; of one that holds the weights: {refused}" if refused else str(error)) from None
+    raise AssertionError("layouts ends with an error")
 
 
 def _sized(found: Found, work: Callable[[], T]) -> T:
@@ -148,7 +172,8 @@ def _state(traits: Traits) -> str:
     return "bf16" if said == "bfloat16" else "fp32"
 
 
-def _card(found: Found, traits: Traits, parts: list[Weight], name: str, repo: str | None) -> dict[str, Any]:
+def _card(model: Model, name: str, repo: str | None) -> dict[str, Any]:
+    found, traits, parts = model.found, model.traits, model.stored
     bytes_: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for part in parts:
         if part.part not in ("norms", "residual", "state_weights"):
@@ -178,18 +203,9 @@ def _rounded(value: float) -> float:
 
 
 def _recipe(
-    found: Found,
-    traits: Traits,
-    parts: list[Weight],
-    sheet: HardwareSheet,
-    workload: str,
-    demand: Demand,
-    name: str,
-    layout: Layout,
-    drafts: Drafting,
-    cache: CacheFormat,
-    nvfp4: bool,
+    model: Model, sheet: HardwareSheet, workload: str, demand: Demand, layout: Layout, drafts: Drafting
 ) -> dict[str, Any]:
+    name = model.name
     sizes = {key: size for key, size in layout.parallel.model_dump().items() if size > 1}
     role = {"parallel": sizes} if sizes else {}
     recipe: dict[str, Any] = {
@@ -207,8 +223,8 @@ def _recipe(
         "engines": {},
     }
     for engine, arguments in (("vllm", _vllm), ("sglang", _sglang)):
-        args, env = arguments(traits, parts, sheet, layout, cache, demand)
-        if nvfp4:
+        args, env = arguments(model, sheet, layout, demand)
+        if model.nvfp4:
             args["quantization"] = "fourfold_nvfp4"
         args |= drafts.engines.get(engine, {})
         part: dict[str, Any] = {"versions": VERSIONS[engine], "args": args}
@@ -220,9 +236,8 @@ def _recipe(
     return recipe
 
 
-def _vllm(
-    traits: Traits, parts: list[Weight], sheet: HardwareSheet, layout: Layout, cache: CacheFormat, demand: Demand
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _vllm(model: Model, sheet: HardwareSheet, layout: Layout, demand: Demand) -> tuple[dict[str, Any], dict[str, Any]]:
+    traits, cache = model.traits, model.cache
     args: dict[str, Any] = {"max-model-len": layout.length, "max-num-seqs": layout.sequences}
     if not sheet.compute_capability:
         space = max(1, min(4, int((layout.budget - layout.weights) / 2**30)))
@@ -243,8 +258,9 @@ def _vllm(
 
 
 def _sglang(
-    traits: Traits, parts: list[Weight], sheet: HardwareSheet, layout: Layout, cache: CacheFormat, demand: Demand
+    model: Model, sheet: HardwareSheet, layout: Layout, demand: Demand
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    traits, cache = model.traits, model.cache
     data = layout.parallel.data
     running = layout.sequences * data  # SGLang shares this number, and that of a chunk, among the data-parallel ranks
     args: dict[str, Any] = {"context-length": layout.length, "max-running-requests": running}
@@ -260,7 +276,7 @@ def _sglang(
         args["page-size"] = 256
     if data > 1 and layout.parallel.tensor == 1:
         args |= {"enable-dp-lm-head": True, "moe-dense-tp-size": 1}
-    stored = {part.format for part in parts if part.part == "experts"}
+    stored = {part.format for part in model.parts if part.part == "experts"}
     quant = traits.get("quantization_config", {})
     if (
         "nvfp4" in stored
@@ -273,83 +289,6 @@ def _sglang(
     if any(layer.mixer == "mamba2" for layer in traits.layers):
         args["mamba-ssm-dtype"] = "float32" if cache.state == "fp32" else "bfloat16"
     return args, {}
-
-
-def _how(sheet: HardwareSheet, layout: Layout, demand: Demand, workload: str) -> str:
-    world = layout.parallel.world
-    return (
-        f"Chosen by traits: the smallest layout on {sheet.id} that holds the weights ({layout.weights / 1e9:.1f} GB, "
-        f"{layout.weights / 2**30:.1f} GiB on each of {world} rank{'s' * (world > 1)}) in "
-        f"{layout.budget / 1e9:.0f} GB with {layout.sequences} requests of {demand.tokens} tokens a data rank "
-        f"({layout.sequence / 1e6:.0f} MB each). The {workload} workload's lengths are this command's, not measured."
-    )
-
-
-def _confirm(
-    found: Found,
-    traits: Traits,
-    sheet: HardwareSheet,
-    layout: Layout,
-    drafts: Drafting,
-    unknown: tuple[str, ...],
-    accounted: float,
-    cache: CacheFormat,
-    nvfp4: bool,
-    parts: list[Weight],
-) -> list[str]:
-    architecture = found.architecture or "no architecture (config.json names none)"
-    out = [f"Confirm that the engines have a class for {architecture}: fourfold recipe check (level L3 asks them)."]
-    out += [f"Confirm the unknown trait {line}. It was not read." for line in unknown]
-    if found.bytes is None:
-        out.append(
-            "Confirm the size of the weights: there is no index and no file of them; it follows from config.json."
-        )
-    elif abs(found.bytes / accounted - 1) > FAR:
-        out.append(
-            f"Confirm the sizes: the weights hold {found.bytes / 1e9:.2f} GB, what is understood of config.json makes "
-            f"{accounted / 1e9:.2f} GB. Layouts were chosen with the larger."
-        )
-    out.append(
-        f"Confirm the memory: {layout.weights / 1e9:.1f} GB of weights a rank is computed; see the engine's log "
-        "(fourfold recipe fit shows it by part)."
-    )
-    if drafts.method:
-        out.append(
-            f"Confirm the acceptance of {drafts.tokens} {drafts.method} tokens a step: none is published for it "
-            "(fourfold mtp probe, or the engine's metrics); fewer where it is low."
-        )
-    if cache.kv == "fp8":
-        out.append("Confirm that answers with the FP8 cache are as good as with a BF16 one (kv-cache-dtype).")
-    four_bits = {part.format for part in parts} & {"nvfp4", "mxfp4"}
-    if four_bits and "fp4" not in sheet.peak_flops and sheet.compute_capability:
-        out.append(
-            f"Confirm that there are kernels for {' and '.join(sorted(four_bits))} weights on {sheet.gpu}, which has "
-            "no FP4 arithmetic."
-        )
-    if nvfp4:
-        out.append("Confirm that answers with NVFP4 weights are good enough (fourfold bench quality).")
-    if traits.experts:
-        out.append(
-            "Confirm the expert kernels: backends are the engines' automatic choice; compare --moe-backend and "
-            "--moe-runner-backend."
-        )
-    if any(layer.mixer in ("gdn", "kda", "mamba2") for layer in traits.layers):
-        out.append("Confirm the recurrent state: prefix caching and speculation depend on how each engine keeps it.")
-    if found.raw.get("auto_map"):
-        out.append(
-            "Confirm that no code of the repository is needed: config.json names some (auto_map), and this recipe "
-            "does not trust it. Read it before adding trust-remote-code."
-        )
-    if found.template is not True:
-        out.append("Confirm the chat template: none was found beside config.json.")
-    if traits.vision:
-        out.append("Confirm the image encoder: only its size was looked at.")
-    if sheet.compute_capability:
-        out.append("Confirm tool and reasoning parsers: none was chosen.")
-        out.append(
-            "Confirm the transfer of this cache before prefill and decode are separated; this recipe aggregates."
-        )
-    return out
 
 
 def name_of(found: Found, given: str | None) -> str:

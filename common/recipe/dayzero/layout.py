@@ -81,7 +81,7 @@ class Layout:
     length: int
 
 
-def choose(
+def layouts(
     traits: Traits,
     weights: list[Weight],
     sheet: HardwareSheet,
@@ -89,35 +89,30 @@ def choose(
     cache: CacheFormat,
     scale: float,
     drafts: int,
-) -> Layout:
-    """The first layout, by GPUs, that holds the weights and ``demand.least`` requests.
+) -> Iterator[Layout]:
+    """Layouts that hold the weights and ``demand.least`` requests, the best first.
+
+    Few GPUs are better than many; for throughput, data ranks are better than tensor ranks of more than half as many.
 
     Args:
         scale: bytes of the checkpoint for each byte that the sizes account for.
         drafts: draft tokens of a step.
 
     Raises:
-        FourfoldError: none does; names the nearest and what it lacks.
+        FourfoldError: after the last; names what the last lacked.
     """
     widths = _widths(traits, weights)
-    tried = "no number of ranks divides its heads and experts"
-
-    def first(throughput: bool) -> Layout | None:
-        nonlocal tried
-        for parallel in _candidates(traits, sheet, throughput, widths):
-            found = _layout(traits, weights, sheet, demand, cache, scale, drafts, parallel)
-            if isinstance(found, Layout):
-                return found
-            tried = found
-        return None
-
-    spread, split = first(True) if demand.throughput else None, first(False)
-    # Data ranks each hold the dense weights; where that costs more than twice the GPUs it is not worth it.
-    if spread is not None and (split is None or spread.parallel.world <= 2 * split.parallel.world):
-        return spread
-    if split is not None:
-        return split
-    raise FourfoldError(f"hardware {sheet.id}: no layout holds this model; {tried}")
+    ranked = [(2.0 * p.world if demand.throughput else p.world, p) for p in _candidates(traits, sheet, False, widths)]
+    if demand.throughput:
+        ranked += [(p.world - 0.5, p) for p in _candidates(traits, sheet, True, widths)]
+    lacks = "no number of ranks divides its heads and experts"
+    for parallel in dict.fromkeys(parallel for _, parallel in sorted(ranked, key=lambda item: item[0])):
+        found = _layout(traits, weights, sheet, demand, cache, scale, drafts, parallel)
+        if isinstance(found, Layout):
+            yield found
+        else:
+            lacks = found
+    raise FourfoldError(f"hardware {sheet.id}: no layout holds this model; {lacks}")
 
 
 def _layout(
