@@ -294,6 +294,7 @@ WRONG: list[tuple[str, str | dict[str, Any], str]] = [
     ("huge", DENSE | {"hidden_size": 10**40}, "hidden_size"),
     ("drafts", DENSE | {"num_nextn_predict_layers": 10**6}, "expected at most 64"),
     ("format", DENSE | {"torch_dtype": "float13"}, "float13"),
+    ("a draft", DENSE | {"fourfold_mtp": {"family": "deepseek_v3"}}, "a draft directory"),
     ("index", DENSE | {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP3"}}, "NVFP3"),
 ]
 

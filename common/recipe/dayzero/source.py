@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.common.errors import FourfoldError
+from fourfold.common.mtp.head import KEY
 from fourfold.common.recipe.plain_yaml import read_bytes
 from fourfold.common.recipe.sizing.traits import flat
 
@@ -65,6 +66,8 @@ def read_model(path: Path) -> Found:
         raise FourfoldError(f"{path}: no such file or directory; expected a model directory or its config.json")
     raw = _object(config, LARGEST_CONFIG)
     folder = config.parent
+    if KEY in raw:
+        raise FourfoldError(f"{path}: a draft directory that fourfold wrote; expected the model that it drafts for")
     apart = None
     if not any(isinstance(part, dict) and part.get("quantization_config") for part in (raw, raw.get("text_config"))):
         apart = _modelopt(folder / MODELOPT)
