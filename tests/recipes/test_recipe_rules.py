@@ -224,8 +224,8 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("mooncake-nvlink", "sglang", {}, sglang({}, {"MC_FORCE_MNNVL": None}), "without MC_FORCE_MNNVL"),
     ("mooncake-hashes", "vllm",
      vllm({"kv-transfer-config": {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [
-         {"kv_connector": "NixlConnector"}, {"kv_connector": "MooncakeStoreConnector"}]}}}, {"PYTHONHASHSEED": 0}),
-     vllm({}, {"PYTHONHASHSEED": None}), "set it"),
+         {"kv_connector": "NixlConnector"}, {"kv_connector": "MooncakeStoreConnector"}]}}}),
+     vllm({"prefix-caching-hash-algo": "xxhash"}), "set PYTHONHASHSEED"),
     ("kv-connector", "vllm", {}, vllm({"kv-transfer-config": None}), "no KV cache moves"),
     ("kv-connector", "vllm", {}, vllm(prefill={"args": {"kv-transfer-config": {"kv_role": "kv_consumer",
      "kv_connector": "NixlConnector"}}}), "kv_consumer for prefill"),

@@ -107,15 +107,18 @@ def _mooncake(case: Case) -> Said:
 @rule(
     "mooncake-hashes",
     "error",
-    "InferenceX recipes with MooncakeStoreConnector: keys of blocks come from Python's hash",
+    "resolve_none_hash_seed in vllm/v1/core/kv_cache_utils.py: SHA-256 has a fixed seed, xxhash a random one",
     vllm=ENGINES["vllm"],
 )
 def _hashes(case: Case) -> Said:
     for role in case.roles:
-        if "MooncakeStoreConnector" in role.connectors and role.env.get("PYTHONHASHSEED") != "0":
+        algorithm = role.text("prefix-caching-hash-algo")
+        shared = "MooncakeStoreConnector" in role.connectors and algorithm.startswith("xxhash")
+        if shared and "PYTHONHASHSEED" not in role.env:
             yield (
-                role.where("PYTHONHASHSEED", "env"),
-                "MooncakeStoreConnector without PYTHONHASHSEED=0: no process finds another's blocks; set it",
+                role.where("prefix-caching-hash-algo"),
+                f"{algorithm} and MooncakeStoreConnector: no process finds another's blocks; set PYTHONHASHSEED, or "
+                "leave the algorithm out",
             )
 
 
@@ -158,7 +161,8 @@ def _failure(case: Case) -> Said:
 @rule(
     "kv-handshake",
     "error",
-    "compute_nixl_compatibility_hash in vllm/distributed/kv_transfer/kv_connector/v1/nixl/metadata.py",
+    "compute_nixl_compatibility_hash in vllm/distributed/kv_transfer/kv_connector/v1/nixl/metadata.py, and the block "
+    "lengths that base_worker.py compares (those of an indexer follow its dtype)",
     vllm=ENGINES["vllm"],
 )
 def _handshake(case: Case) -> Said:
@@ -203,7 +207,7 @@ def _handshake_sglang(case: Case) -> Said:
 
 def _differ(pair: tuple[RoleCase, RoleCase], option: str, why: str) -> Said:
     prefill, decode = (role.get(option) for role in pair)
-    if prefill != decode:
+    if prefill != decode and not all(value in (None, "auto") for value in (prefill, decode)):
         yield (
             pair[1].where(option.partition(".")[0]),
             f"{option} is {_shown(prefill)} in prefill and {_shown(decode)} in decode; {why}",
