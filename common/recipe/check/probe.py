@@ -66,7 +66,8 @@ def culprits(message: str, names: list[str]) -> list[str]:
     else:
         text = message
     given = set(re.findall(r"--([\w.-]+)", text))
-    return [name for name in names if name in given or f"no-{name}" in given]
+    written = {name: name.replace("_", "-") for name in names}  # vLLM's parser says dashes
+    return [n for n, dashed in written.items() if {n, dashed, f"no-{n}", f"no-{dashed}"} & given]
 
 
 def parsed(adapter: Any, model: str, options: list[list[Any]]) -> tuple[Any, list[dict[str, Any]]]:

@@ -26,6 +26,8 @@ def install(sheet: dict[str, Any]) -> None:
     for name in COMPILED:  # a build for CPUs has no such kernels; resolving calls none
         sys.modules.setdefault(name, types.ModuleType(name))
     import vllm.platforms
+
+    vllm.platforms.vllm_version_matches_substr = lambda text: False  # Triton is asked for without CUDA, too
     from vllm.platforms import cuda
     from vllm.platforms.interface import DeviceCapability
 
@@ -48,6 +50,9 @@ def install(sheet: dict[str, Any]) -> None:
 
         @classmethod
         def is_fully_connected(cls, physical_device_ids: list[int]) -> bool:
+            return True
+
+        def is_cumem_allocator_available(self) -> bool:
             return True
 
         @classmethod
