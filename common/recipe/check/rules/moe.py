@@ -27,7 +27,8 @@ def _expert_parallel(case: Case) -> Said:
 @rule(
     "megamoe-expert-format",
     "error",
-    "models/deepseek_v4/nvidia/model.py of vLLM takes expert_dtype fp4 in the MXFP4 layout; "
+    "models/deepseek_v4/nvidia/model.py of vLLM takes expert_dtype fp4 in the MXFP4 layout (vllm-project's recipe of "
+    "DeepSeek-V4-Pro leaves it out on NVFP4); "
     "_BACKEND_SPECS in model_executor/layers/fused_moe/flashinfer_moe_ep.py",
     vllm=">=0.32,<0.34",
 )
@@ -136,10 +137,12 @@ def _deepep(case: Case) -> Said:
         batch = role.number("max-running-requests") // role.parallel.data
         batch = min(batch or 1 << 30, role.number("cuda-graph-max-bs-decode") or 1 << 30)
         if batch < 1 << 30 and batch * role.draft_tokens > limit:
+            needed = batch * role.draft_tokens
+            fix = f"at least {needed}, or fewer requests" if needed <= 1024 else "fewer requests: 1024 tokens at most"
             yield (
                 role.where(DISPATCH, "env"),
                 f"{DISPATCH}={limit}; a decoding step has {batch} requests of {role.draft_tokens} tokens on a rank: "
-                f"expected at least {batch * role.draft_tokens}, or fewer requests",
+                f"expected {fix}",
             )
 
 
