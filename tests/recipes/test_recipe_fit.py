@@ -389,6 +389,8 @@ def test_unknown_traits_and_formats_are_named() -> None:
         read_traits({})
     with pytest.raises(FourfoldError, match="vocab_size: '9'; expected a whole number"):
         read_traits({"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": "9"})
+    with pytest.raises(FourfoldError, match="is no regular expression"):
+        Formats({"quantization_config": {"quant_method": "compressed-tensors", "ignore": ["re:(", "lm_head"]}})
     assert format_named("FP8-E4M3", "here") == "fp8"
     assert flat({"text_config": {"hidden_size": 3}, "hidden_size": None})["hidden_size"] == 3
 
@@ -432,7 +434,10 @@ def test_command_prints_tables_json_and_exit_codes() -> None:
         run.invoke(app, ["recipe", "fit", "cpu/smollm2", "--engine", "trt"], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("name", ["deepseek-v4-flash", "nemotron-3-ultra-nvfp4", "minimax-m3-nvfp4"])
+MUTATED = ["deepseek-v4-flash", "deepseek-v4.1-flash", "nemotron-3-ultra-nvfp4", "minimax-m3-nvfp4"]
+
+
+@pytest.mark.parametrize("name", MUTATED)
 def test_configurations_with_one_wrong_value_are_sized_or_refused(name: str) -> None:
     config, refused = dict(model(name)[0].config), 0
     for key in config:

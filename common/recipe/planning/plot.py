@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fourfold.common.errors import FourfoldError
 
 X, Y = "tokens/s/user", "total tokens/s/GPU"
 MARKS = ".O+x#"
-Series = dict[str, Sequence[tuple[float, float]]]  # name to (tokens/s/user, total tokens/s/GPU)
+Series = Mapping[str, Sequence[tuple[float, float]]]  # name to (tokens/s/user, total tokens/s/GPU)
 
 
 def text_plot(series: Series, width: int = 64, height: int = 16) -> list[str]:

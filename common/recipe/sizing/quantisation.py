@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.sizing.formats import block_fp8, format_named
 
 # Where layer i's modules are, by family.
@@ -159,7 +160,8 @@ def _algorithm(name: str) -> str:
 
 def _group(group: Mapping[str, Any], fallback: str) -> str:
     """The format of a compressed-tensors group of layers."""
-    weights = group.get("weights") or {}
+    weights = group.get("weights")
+    weights = weights if isinstance(weights, Mapping) else {}
     kind = str(group.get("format") or fallback)
     if "mxfp4" in kind:
         return "mxfp4"
@@ -204,7 +206,12 @@ def _matcher(patterns: tuple[str, ...]):
             parts.append(fnmatch.translate(pattern))
         else:  # a module, or all modules below it, or a module's short name
             parts.append(rf"(?:.*\.)?{re.escape(pattern)}(?:\..*)?\Z")
-    compiled = [re.compile(part) for part in parts]
+    try:
+        compiled = [re.compile(part) for part in parts]
+    except re.error as error:
+        raise FourfoldError(
+            f"config.json: quantization_config: {error.pattern!r} is no regular expression: {error}"
+        ) from None
 
     @cache
     def ignored(name: str) -> bool:

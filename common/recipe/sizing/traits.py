@@ -76,6 +76,17 @@ class Traits:
         """
         return _whole(self.get(name, default), name, self.source)
 
+    def numbers(self, name: str) -> list[int]:
+        """A list of whole numbers; empty where it is absent.
+
+        Raises:
+            FourfoldError: it is something else.
+        """
+        value = self.get(name, [])
+        if not isinstance(value, list):
+            raise FourfoldError(f"{self.source}: {name}: {value!r}; expected a list of whole numbers")
+        return [_whole(item, name, self.source) for item in value]
+
     def mapping(self, name: str) -> Mapping[str, Any]:
         """A part of the configuration; empty where it is absent.
 

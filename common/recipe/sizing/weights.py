@@ -80,10 +80,10 @@ def _ends(traits: Traits, formats: Formats) -> Iterator[Weight]:
     yield Weight("embeddings", "embed_tokens", size, formats.of("embeddings", -1, names), "vocab", active=0.0)
     if not traits.get("tie_word_embeddings", False):
         yield Weight("head", "lm_head", size, formats.of("head", -1, ("lm_head", "head")), "vocab")
-    for layer, rows in zip(traits.get("engram_layer_ids", []), traits.get("engram_num_embeddings", []), strict=False):
+    for layer, rows in zip(traits.numbers("engram_layer_ids"), traits.numbers("engram_num_embeddings"), strict=False):
         width = traits.number("engram_head_dim")
         stored = formats.card.get("engram", "mxfp8")
-        yield Weight("Engram", f"table of layer {layer}", int(rows) * width, stored, "table", int(layer), active=0.0)
+        yield Weight("Engram", f"table of layer {layer}", rows * width, stored, "table", layer, active=0.0)
 
 
 def _layer(traits: Traits, formats: Formats, layer: Layer, index: int) -> list[Weight]:
@@ -105,7 +105,7 @@ def _draft(traits: Traits, formats: Formats, number: int) -> list[Weight]:
     _mixer(build, kind)
     _ffn(build, kind, traits.draft_experts)
     _residual(build, kind)
-    sources = len(traits.get("dspark_target_layer_ids", [])) or 2
+    sources = len(traits.numbers("dspark_target_layer_ids")) or 2
     if not traits.dspark or number == 0:
         build.add("dense", "eh_proj e_proj fc", sources * h * h, "all")
     if traits.dspark and number == 0:
