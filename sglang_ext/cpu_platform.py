@@ -39,6 +39,13 @@ class FourfoldCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def init_backend(self) -> None:
+        """Let MLA attention run absorbed: without a handler SGLang takes that of its Triton kernels."""
+        from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+        from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+        AttentionBackendRegistry.register("torch_native", lambda attention, forward_batch: AttnForwardMethod.MLA)
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Set what the platform needs.
 

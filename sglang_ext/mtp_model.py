@@ -1,8 +1,7 @@
 """``FourfoldMTP``: the MTP head that a draft directory describes, around the target's own decoder layer.
 
 SGLang's EAGLE worker drafts every token with one model, which is the first module. It hands the target's embedding and
-output head over; a head's own replace them. Attention is what the target's layer has, except MLA, whose absorbed
-weights only SGLang's own classes make.
+output head over; a head's own replace them. Attention is what the target's layer has, sparse attention excepted.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from sglang.srt.model_loader.auto_loader import LLAMA_STACKED_MAPPING
 from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.runtime_context import get_parallel, get_spec
+from sglang.srt.utils.common import BumpAllocator
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -33,6 +33,7 @@ from fourfold.common.log import get_logger
 from fourfold.common.mtp.formats import PLAIN
 from fourfold.common.mtp.head import BLOCK, Formula, MtpHead
 from fourfold.common.mtp.layer_class import arguments, decoder_layer
+from fourfold.sglang_ext import mla
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.(\w+)")
 _EXPERT_PARTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "w1": "w1", "w2": "w2", "w3": "w3"}
@@ -67,11 +68,12 @@ class _Module(nn.Module):
             "quant_config": quant_config,
             "is_nextn": True,
             "prefix": prefix,
+            "skip_rope": getattr(config, "qk_rope_head_dim", None) == 0,
         }
         with layer_stack():
             self.block = layer(**arguments(layer.__init__, offered, layer.__name__))
-        inputs = dict.fromkeys(("positions", "hidden_states", "forward_batch"))
-        arguments(layer.forward, inputs, f"{layer.__name__}.forward")
+        inputs = dict.fromkeys(("positions", "hidden_states", "forward_batch", "zero_allocator"))
+        self.allocates = "zero_allocator" in arguments(layer.forward, inputs, f"{layer.__name__}.forward")
 
     def forward(self, positions: Tensor, embedding: Tensor, forward_batch: ForwardBatch) -> Tensor:
         """[T, hidden] before ``norm``."""
@@ -86,7 +88,10 @@ class _Module(nn.Module):
                 pair = [embedding, hidden] if formula.embedding_first else [hidden, embedding]
                 x = self.eh_proj(torch.cat(pair, -1))[0]
         residual_batch.start(forward_batch)
-        x = self.block(positions=positions, hidden_states=x, forward_batch=forward_batch)
+        # Two zeros for the scales of an FP8 MLA layer's inputs.
+        more = {"zero_allocator": BumpAllocator(2, torch.float32, x.device)} if self.allocates else {}
+        x = self.block(positions=positions, hidden_states=x, forward_batch=forward_batch, **more)
+        x = x[0] if isinstance(x, tuple) else x  # beside the indices of sparse attention
         return residual_batch.take_output(residual_batch.fold(x, forward_batch), forward_batch)
 
 
@@ -94,6 +99,7 @@ class FourfoldMTP(nn.Module):
     """The head of a draft directory that ``fourfold mtp extract --engine sglang`` wrote."""
 
     start_layer, end_layer = 0, 1
+    packed_modules_mapping = mla.FUSED
 
     def __init__(
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -119,8 +125,7 @@ class FourfoldMTP(nn.Module):
         head = self.head
         if head.limits or head.formula.target_embedding_norm:
             raise FourfoldError(f"FourfoldMTP does not compute this head: {head.limits or 'target_embedding_norm'}")
-        if getattr(self.config, "kv_lora_rank", None) is not None:
-            raise FourfoldError("FourfoldMTP does not build MLA attention on SGLang (kv_lora_rank in config.json)")
+        mla.check(self.config)
         for role in ("head", "embedding"):
             found = head.modules[0].formats.get(role, "bf16")
             if found not in PLAIN.values():
@@ -171,6 +176,7 @@ class FourfoldMTP(nn.Module):
             FourfoldError: the target's decoder layer lacks a tensor of the head, or has another.
         """
         parameters = dict(self.named_parameters())
+        halves = mla.Halves(parameters)
         loaded: set[str] = set()
         own = {"head": "lm_head", "embedding": "embed_tokens", BLOCK: "model.block"}
         for name, weight in weights:
@@ -178,12 +184,20 @@ class FourfoldMTP(nn.Module):
                 place = f"{own.get(role, f'model.{role}')}.{rest}"
                 if rest.endswith("_scale"):  # drops scales of an FP8 cache that this server does not have
                     place = maybe_remap_kv_scale_name(place, parameters)
-                if i == 0 and place is not None and role != "vocabulary":  # --speculative-token-map has its place
-                    loaded.add(_load(parameters, place, name, weight))
+                if i > 0 or place is None or role == "vocabulary":  # --speculative-token-map has its place
+                    continue
+                whole = halves.join(place, weight)
+                if whole is not None:
+                    loaded.add(_load(parameters, whole[0], name, whole[1]))
         shared = {f"{own[role]}.weight" for role in ("head", "embedding") if role not in self.roles}
         missing = sorted(p for p in set(parameters) - loaded - shared if p.endswith("weight"))
         if missing:
             raise FourfoldError(f"the MTP head has no {', '.join(missing)}; its decoder layer is not the target's")
+        self.post_load_weights()
+
+    def post_load_weights(self) -> None:
+        """What follows loading; SGLang calls it where it loads weights without `load_weights`."""
+        mla.absorb(self.model.block, self.config, self.quant_config)
 
 
 def _load(parameters: dict[str, Any], place: str, name: str, weight: Tensor) -> str:
@@ -196,7 +210,8 @@ def _load(parameters: dict[str, Any], place: str, name: str, weight: Tensor) -> 
             loader: Any = parameters[place].weight_loader
             loader(parameters[place], weight, place, shard_id=part, expert_id=int(expert[2]))
     else:
-        stacked = LLAMA_STACKED_MAPPING.try_load(place, weight, parameters)
+        # A layer may have one of the names that others fuse, as q_proj beside MLA.
+        stacked = None if place in parameters else LLAMA_STACKED_MAPPING.try_load(place, weight, parameters)
         place = stacked or place
         if not stacked and place in parameters:
             getattr(parameters[place], "weight_loader", default_weight_loader)(parameters[place], weight)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -153,7 +155,35 @@ def _layer(prefix: str) -> dict[str, Tensor]:
     return tensors | {f"{prefix}.{n}_layernorm.weight": torch.ones(SIZE) for n in ("input", "post_attention")}
 
 
-def _head(family: Family, kind: str, n: int) -> dict[str, Tensor]:
+def _block(prefix: str, out: Tensor, down: Tensor) -> dict[str, Tensor]:
+    """A decoder layer whose attention takes the token before to ``out``, and whose MLP that to ``down``."""
+    identity, tensors = torch.eye(SIZE), _layer(prefix)
+    tensors |= {f"{prefix}.self_attn.{m}_proj.weight": w for m, w in zip("qk", _attend_to_previous(), strict=True)}
+    tensors |= {f"{prefix}.self_attn.v_proj.weight": identity, f"{prefix}.self_attn.o_proj.weight": out}
+    mlp = {"gate": identity / 2, "up": identity, "down": down}
+    return tensors | {f"{prefix}.mlp.{name}_proj.weight": weight for name, weight in mlp.items()}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The decoder layers of a model, as `_layer` and `_block`.
+
+    Attributes:
+        config: beside `CONFIG`.
+        attends: the target's last layer is a block, which finds the token of its position from the one before: its
+            text is right only where its attention is.
+    """
+
+    config: dict[str, Any]
+    layer: Callable[[str], dict[str, Tensor]]
+    block: Callable[[str, Tensor, Tensor], dict[str, Tensor]]
+    attends: bool = False
+
+
+LLAMA = Architecture({}, _layer, _block)
+
+
+def _head(family: Family, kind: str, n: int, architecture: Architecture) -> dict[str, Tensor]:
     """The tensors of module ``n``."""
     prefix = family.prefixes[0]
     names = {role: prefix + name.format(n=n, layer=LAYERS + n) for role, name in family.roles.items()}
@@ -161,27 +191,22 @@ def _head(family: Family, kind: str, n: int) -> dict[str, Tensor]:
     signs = torch.tensor([1.0, -1.0]).repeat(SIZE // 2)
     one = float(not family.formula.unit_offset_norm)
     weights = {"enorm": signs, "hnorm": -signs, "norm": 1 + torch.arange(SIZE) / SIZE}
-    tensors = _layer(block)
     identity = torch.eye(SIZE)
     embedding, hidden = torch.zeros(SIZE, SIZE), identity / NORM
-    if kind == "embedding":
-        embedding, hidden = identity, torch.zeros(SIZE, SIZE)
-    elif kind in ("pre_norm", "post_norm"):
-        hidden, weights["norm"] = _feedback(kind)
+    if kind in ("embedding", "pre_norm", "post_norm"):
+        tensors = architecture.layer(block)
+        if kind == "embedding":
+            embedding, hidden = identity, torch.zeros(SIZE, SIZE)
+        else:
+            hidden, weights["norm"] = _feedback(kind)
     else:
-        previous = _attend_to_previous()
-        tensors |= {f"{block}.self_attn.{m}_proj.weight": w for m, w in zip("qk", previous, strict=True)}
-        tensors[f"{block}.self_attn.v_proj.weight"] = identity
-        tensors[f"{block}.self_attn.o_proj.weight"] = _map(_SCRAMBLE)
-        tensors[f"{block}.mlp.gate_proj.weight"] = identity / 2
-        tensors[f"{block}.mlp.up_proj.weight"] = identity
         # Large, so that the state is one-hot again.
         down = _map(_compose(PERMUTATION, PERMUTATION, _inverse(_SCRAMBLE)), NORM)
         if kind == "bad":
             down[:, [_SCRAMBLE[t] for t in BAD]] = 0
         elif kind == "swapped":
             embedding, hidden = hidden, embedding
-        tensors[f"{block}.mlp.down_proj.weight"] = down
+        tensors = architecture.block(block, _map(_SCRAMBLE), down)
     halves = [embedding * weights["enorm"], hidden * weights["hnorm"]]
     tensors[f"{names['eh_proj']}.weight"] = torch.cat(halves if family.formula.embedding_first else halves[::-1], 1)
     for role, weight in weights.items():
@@ -205,7 +230,11 @@ def _feedback(kind: str) -> tuple[Tensor, Tensor]:
 
 
 def write_oracle(
-    path: Path, family: str = "deepseek_v3", heads: tuple[str, ...] = ("right",), scale: float = 1.0
+    path: Path,
+    family: str = "deepseek_v3",
+    heads: tuple[str, ...] = ("right",),
+    scale: float = 1.0,
+    architecture: Architecture = LLAMA,
 ) -> tuple[Path, Path]:
     """Write below ``path`` the target alone and the target with its head, two model directories; return both.
 
@@ -215,6 +244,7 @@ def write_oracle(
         family: whose tensor names and formula the head follows (`layouts.FAMILIES`).
         heads: kind (`HEADS`) of each module.
         scale: of the output head; below 1, sampling at temperature 1 takes other tokens too.
+        architecture: of target and head.
     """
     found = next(f for f in FAMILIES if f.name == family)
     tensors = {"model.embed_tokens.weight": torch.eye(SIZE), "model.norm.weight": torch.ones(SIZE)}
@@ -222,16 +252,19 @@ def write_oracle(
     if "pre_norm" in heads:
         tensors["model.embed_tokens.weight"][:, _MARK] += MARK
         tensors["lm_head.weight"][:, _MARK] = 0
-    for i in range(LAYERS):
-        tensors |= _layer(f"model.layers.{i}")
-    head = {name: t for n, kind in enumerate(heads) for name, t in _head(found, kind, n).items()}
+    for i in range(LAYERS - architecture.attends):
+        tensors |= architecture.layer(f"model.layers.{i}")
+    if architecture.attends:
+        down = _map(_compose(PERMUTATION, _inverse(_SCRAMBLE)), NORM)
+        tensors |= architecture.block(f"model.layers.{LAYERS - 1}", _map(_SCRAMBLE), down)
+    head = {name: t for n, kind in enumerate(heads) for name, t in _head(found, kind, n, architecture).items()}
     target, whole = path / "target", path / "model"
-    _write_model(target, tensors, {})
-    _write_model(whole, tensors | head, {"num_nextn_predict_layers": len(heads)})
+    _write_model(target, tensors, architecture.config)
+    _write_model(whole, tensors | head, architecture.config | {"num_nextn_predict_layers": len(heads)})
     return target, whole
 
 
-def _write_model(path: Path, tensors: dict[str, Tensor], config: dict[str, int]) -> None:
+def _write_model(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     path.mkdir(parents=True)
     plain = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     save_file(plain, path / "model.safetensors", {"format": "pt"})

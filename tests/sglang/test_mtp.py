@@ -1,8 +1,9 @@
 """MTP heads in SGLang on a CPU: acceptance is exact on the oracle, the text is always the target's.
 
-Four servers start at once: an oracle whose head is exchanged while it serves, an oracle with an NVFP4 head, two layers
-of a real model, whose attention has to be right over several verified tokens, and an oracle on two ranks. The first and
-the third draft with ``FOURFOLD_MTP`` from text and head, the second with the head alone, the last is ``EAGLE``.
+Five servers start at once: an oracle whose head is exchanged while it serves, an oracle with an NVFP4 head, two layers
+of a real model, whose attention has to be right over several verified tokens, an oracle on two ranks, and one with
+DeepSeek-V3's MLA attention and experts. The first and the third draft with ``FOURFOLD_MTP`` from text and head, the
+second with the head alone, the last two are ``EAGLE``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import engine_checks
 import oracle
 import pytest
 import torch
+from oracle_mla import DEEPSEEK
 from safetensors.torch import load_file, save_file
 
 from fourfold.common.errors import FourfoldError
@@ -46,6 +48,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: oracle.write_oracle(path / kind, "mimo", (kind,), SCALE)[1] for kind in HEADS}
 
 
+@pytest.fixture(scope="module")
+def mla_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """DeepSeek-V3's oracle, whose text its own attention decides, with three kinds of head."""
+    path = tmp_path_factory.mktemp("mla")
+    kinds = ("right", "swapped", "bad")
+    return {kind: oracle.write_oracle(path / kind, heads=(kind,), architecture=DEEPSEEK)[1] for kind in kinds}
+
+
 def write_echo(model: Path, out: Path) -> Path:
     """The model with a head that drafts the last token again, which a model of two layers often means."""
     tensors = load_file(model / "model.safetensors")
@@ -69,7 +79,7 @@ def write_echo(model: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(
-    models: dict[str, Path], cut: Path, tmp_path_factory: pytest.TempPathFactory
+    models: dict[str, Path], mla_models: dict[str, Path], cut: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, EngineServer]]:
     path = tmp_path_factory.mktemp("servers")
     target, whole = oracle.write_oracle(path / "oracle")
@@ -81,6 +91,8 @@ def servers(
         "nvfp4": (target, path / "nvfp4", [*FLAGS, str(K), *quantised]),
         "echo": (echo, echo, [*FLAGS, str(WIDTH), "--dtype", "float32", "--constrained-json-disable-any-whitespace"]),
         "ranks": (target, whole, [*EAGLE, str(K), "--tp-size", "2"]),
+        # As a checkpoint of DeepSeek-V3 is: target and head in one directory.
+        "mla": (mla_models["right"], mla_models["right"], [*EAGLE, str(K), "--dtype", "float32"]),
     }
     environments = {"nvfp4": {"FOURFOLD_CONFIG": HEAD_ALONE}, "ranks": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
     running = {}
@@ -134,6 +146,14 @@ def test_each_head_is_accepted_exactly_where_it_is_right(
 ) -> None:
     exchange(servers["oracle"], models[kind])
     check_oracle(servers["oracle"], HEADS[kind])
+
+
+@pytest.mark.parametrize("kind", ["right", "swapped", "bad"])
+def test_mla_attention_in_target_and_head(
+    servers: dict[str, EngineServer], mla_models: dict[str, Path], kind: str
+) -> None:
+    exchange(servers["mla"], mla_models[kind])
+    check_oracle(servers["mla"], HEADS[kind])
 
 
 def counted(server: EngineServer) -> dict[str, SourceTotals]:
