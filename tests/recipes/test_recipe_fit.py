@@ -416,8 +416,10 @@ def test_draft_models_of_their_own_are_counted_or_named() -> None:
     own = run.invoke(app, ["recipe", "fit", "cpu/smollm2-mtp", "--json"], catch_exceptions=False)
     for role in json.loads(own.output)["roles"]:
         assert [p["bytes"] for p in role["weights"] if p["part"] == "draft model"] == [pytest.approx(8.4e6)]
-    speculates = {"speculative-config": {"method": "eagle3", "model": "nobody/draft", "num_speculative_tokens": 2}}
-    found = case("gpt-oss-120b", "gb200-nvl72", TP[1], **speculates)
+    speculates: dict[str, Any] = {
+        "speculative-config": {"method": "eagle3", "model": "nobody/draft", "num_speculative_tokens": 2}
+    }
+    found = case("gpt-oss-120b", "gb200-nvl72", TP[1], "vllm", **speculates)
     assert any("nobody/draft" in note for note in found.notes) and not found.options.draft
 
 
