@@ -81,7 +81,6 @@ class _Job:
     recipe: Recipe
     card: ModelCard
     sheet: HardwareSheet
-    config: Mapping[str, Any]
     target: Target
     check: Check
     starts: Sequence[Start]
@@ -148,7 +147,6 @@ def check(
 
 def _jobs(recipe: Recipe, catalogue: Catalogue, targets: Sequence[Target]) -> Iterator[_Job]:
     card, sheet = catalogue.model(recipe.model), catalogue.hardware(recipe.hardware)
-    config = catalogue.config(recipe.model)
     for target in targets:
         plan = next((plan for name, plan in recipe.engines.items() if name == target.engine), None)
         if plan is None or not SpecifierSet(plan.versions, prereleases=True).contains(target.version):
@@ -161,7 +159,7 @@ def _jobs(recipe: Recipe, catalogue: Catalogue, targets: Sequence[Target]) -> It
             check.findings.append(Finding(1, "error", f"engines.{target.engine}", str(error), target.label))
             every = []
         first = [s for s in every if s.replica == 0 and s.node < 2]
-        yield _Job(recipe, card, sheet, config, target, check, first, catalogue.config(recipe.model))
+        yield _Job(recipe, card, sheet, target, check, first, catalogue.config(recipe.model))
 
 
 @contextmanager
