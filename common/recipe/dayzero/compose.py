@@ -188,7 +188,7 @@ def _card(model: Model, name: str, repo: str | None) -> dict[str, Any]:
         "total_parameters": _rounded(sum(part.parameters for part in parts) / 1e9),
         "active_parameters": _rounded(sum(part.parameters * part.active for part in parts) / 1e9),
         "draft": "dspark" if traits.dspark else "mtp" if traits.draft_layers else "none",
-        "formats": {part: max(of, key=lambda f: of[f]) for part, of in bytes_.items()},
+        "formats": {part: max((size, format) for format, size in of.items())[1] for part, of in bytes_.items()},
         "sources": [{"what": "computed from config.json by fourfold recipe new; nobody has published or measured it"}],
     }
     if found.bytes:
