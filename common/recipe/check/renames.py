@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib.resources import files
@@ -23,6 +24,7 @@ from fourfold.common.recipe.loading import parse, read_yaml
 from fourfold.common.strict import Strict
 
 TABLE = Path(str(files("fourfold.recipes"))) / "renames.yaml"
+WHOLE = re.compile("-?[0-9]{1,18}")  # text of a whole number
 OTHER = "*"  # any old value that an entry does not list
 _MISSING = object()
 
@@ -170,7 +172,7 @@ def _rename(
             new = None
     elif kind == "env_to_option":
         text = str(value)
-        changed = int(text) if text.lstrip("-").isdigit() else value
+        changed = int(text) if WHOLE.fullmatch(text) else value
     return [Rename(kind, old, new, changed, entry.effect, entry.why, entry.source)]
 
 

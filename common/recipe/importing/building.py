@@ -8,9 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from fourfold.common.recipe.check import snapshots
-from fourfold.common.recipe.check.renames import as_mapping, renamed, suggestions
+from fourfold.common.recipe.check.renames import WHOLE, as_mapping, renamed, suggestions
 from fourfold.common.recipe.check.result import Rename
-from fourfold.common.recipe.importing.result import Deployment, Imported, Refusal, Server
+from fourfold.common.recipe.importing.result import Deployment, Imported, Refusal, Server, short
 from fourfold.common.recipe.launch import flags
 from fourfold.common.recipe.loading import Catalogue, parse
 from fourfold.common.recipe.schema import Recipe
@@ -97,7 +97,9 @@ def _plain(engine: str, server: Server, unknown: list[str]) -> tuple[dict[str, A
         if reason:
             unknown.append(f"{server.role}: environment {name}: {reason}")
         elif "$" in text or "{" in text and not text.lstrip().startswith(("{", "[")):
-            unknown.append(f"{server.role}: environment {name}={text[:80]}: a place that only their launcher fills in")
+            unknown.append(
+                f"{server.role}: environment {name}={short(text, 80)}: a place that only their launcher fills in"
+            )
         else:
             env[name] = value if isinstance(value, (int, float)) and not isinstance(value, bool) else text
     return options, env
@@ -108,7 +110,7 @@ def _problem(check: Callable[[dict[str, Any]], object], name: str, value: Any) -
     try:
         check({name: value})
     except ValueError as error:
-        return " ".join(str(error).split())
+        return short(error, 300)
     return None
 
 
@@ -121,10 +123,10 @@ def _parallel(
         value = next((options.pop(name) for name in names if name in options), 1)
         for name in names:
             options.pop(name, None)
-        if isinstance(value, str) and value.isdigit():
+        if isinstance(value, str) and WHOLE.fullmatch(value):
             value = int(value)
         if not isinstance(value, int) or value < 1:
-            unknown.append(f"{server.role}: {names[0]}: {value!r}; 1 is written")
+            unknown.append(f"{server.role}: {names[0]}: {short(value)!r}; 1 is written")
             return 1
         return value
 
@@ -156,7 +158,7 @@ def _parallel(
     if server.gpus is not None and server.gpus != world:
         unknown.append(f"{server.role}: {server.gpus} GPUs of a worker, and its flags start {world} ranks")
     for name in DERIVED[engine] & set(options):
-        unknown.append(f"{server.role}: {name}: {options.pop(name)}: follows from parallelism or the launch")
+        unknown.append(f"{server.role}: {name}: {short(options.pop(name))}: follows from parallelism or the launch")
     ranks = {"tensor": tensor, "data": data, "expert": expert, "pipeline": pipeline, "context": context}
     return {key: value for key, value in ranks.items() if value != 1}, replicas
 
@@ -172,7 +174,7 @@ def _note_conflicts(role: str, options: Mapping[str, Any], changes: list[Rename]
     for rename in changes:
         there = options.get(rename.new or "")
         if rename.kind == "env_to_option" and there not in (None, rename.value):
-            unknown.append(f"{role}: {rename.old} asks for {rename.new}: {rename.value}; its {there!r} stays")
+            unknown.append(f"{role}: {rename.old} asks for {rename.new}: {rename.value}; its {short(there)!r} stays")
 
 
 def judges(engines: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.importing import srt, vllm_recipes
 from fourfold.common.recipe.importing.building import build
 from fourfold.common.recipe.importing.reading import read
-from fourfold.common.recipe.importing.result import Deployment, Imported
+from fourfold.common.recipe.importing.result import Deployment, Imported, short
 from fourfold.common.recipe.loading import Catalogue
 
 
@@ -152,9 +152,9 @@ def confirmed(imported: list[Imported], catalogue: Catalogue) -> list[Imported]:
 def written(imported: Imported) -> str:
     """The recipe's file: what was not carried over is in its notes."""
     notes = [f"Imported from {imported.source.name}; not measured with the names it has now."]
-    notes += [f"Renamed in {roles}: {rename.text}"[:2000] for roles, rename in imported.renames()]
-    notes += [f"Not carried over: {line}"[:2000] for line in dict.fromkeys(imported.unknown)]
-    clean = ["".join(char for char in " ".join(note.split()) if char.isprintable()) for note in notes]
+    notes += [f"Renamed in {roles}: {rename.text}" for roles, rename in imported.renames()]
+    notes += [f"Not carried over: {line}" for line in dict.fromkeys(imported.unknown)]
+    clean = [short(note, 2000) for note in notes]
     return yaml.safe_dump({**imported.data, "notes": clean}, sort_keys=False, width=110, allow_unicode=True)
 
 

@@ -71,14 +71,16 @@ def import_(
 
 
 def _show(item: Imported) -> None:
+    from fourfold.common.recipe.importing.result import short
+
     (engine,) = item.data["engines"]
     typer.echo(f"{item.id} ({engine})")
     for roles, rename in item.renames():
         typer.echo(f"  {roles}: {rename.text} [{rename.source}]")
     for refusal in item.left:
-        typer.echo(f"  still refused by {refusal.engine}: {refusal.where}: {refusal.message}")
+        typer.echo(f"  still refused by {refusal.engine}: {refusal.where}: {short(refusal.message, 400)}")
     for line in dict.fromkeys(item.unknown):
-        typer.echo(f"  not carried over: {line}")
+        typer.echo(f"  not carried over: {short(line, 400)}")
 
 
 def _summary(found: Collection) -> None:

@@ -9,6 +9,12 @@ from typing import Any, Literal
 from fourfold.common.recipe.check.result import Rename
 
 
+def short(value: Any, limit: int = 120) -> str:
+    """A value of a file for a message: one line of printable text."""
+    text = "".join(char for char in " ".join(str(value)[:8192].split()) if char.isprintable())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 @dataclass
 class Server:
     """One role as its source has it.

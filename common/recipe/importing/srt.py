@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.recipe.importing.result import Deployment, Server
+from fourfold.common.recipe.check.renames import WHOLE
+from fourfold.common.recipe.importing.result import Deployment, Server, short
 from fourfold.common.recipe.loading import merged
 
 ROLES: dict[Literal["prefill", "decode", "aggregated"], str] = {
@@ -85,7 +86,7 @@ def _deployment(data: dict[str, Any], path: Path, suffix: str) -> Deployment:
     elif "sglang_config" in backend:
         engine = "sglang"
     else:
-        raise FourfoldError(f"{path}: backend: type {backend.get('type')!r}; expected vllm or sglang")
+        raise FourfoldError(f"{path}: backend: type {short(backend.get('type'))!r}; expected vllm or sglang")
     model, unknown = _mapping(data, "model", path), []
     servers = _servers(engine, data, backend, resources, path, unknown)
     out = Deployment(
@@ -110,9 +111,9 @@ def _deployment(data: dict[str, Any], path: Path, suffix: str) -> Deployment:
     for section, keys in said.items():
         for key, value in _mapping(data, section, path).items():
             if key not in keys:
-                out.unknown.append(f"{section}.{key}: {_short(value)}")
+                out.unknown.append(f"{section}.{key}: {short(value)}")
     known = {"name", "model", "resources", "backend", "frontend", "benchmark", "environment", "identity", "base"}
-    out.unknown += [f"{key}: {_short(value)}" for key, value in data.items() if key not in known]
+    out.unknown += [f"{key}: {short(value)}" for key, value in data.items() if key not in known]
     return out
 
 
@@ -125,10 +126,10 @@ def _servers(
     unknown: list[str],
 ) -> list[Server]:
     config = _mapping(backend, f"{engine}_config", path)
-    common = data.get("environment") if isinstance(data.get("environment"), dict) else {}
+    common = _mapping(data, "environment", path) if data.get("environment") is not None else {}
     apart = any(config.get(role) for role in ("prefill", "decode"))
     out = []
-    for role, short in ROLES.items():
+    for role, prefix in ROLES.items():
         if (role == "aggregated") is apart:
             if config.get(role):
                 unknown.append(f"backend.{engine}_config.{role}: beside prefill and decode")
@@ -142,14 +143,15 @@ def _servers(
                     "kv_role": "kv_both",
                 }
             elif str(connector).lower() not in ("null", "none"):
-                unknown.append(f"backend.connector: {_short(connector)}")
-        env = {**(common or {}), **(backend.get(f"{role}_environment") or {})}
-        workers = resources.get(f"{short}_workers", 1)
+                unknown.append(f"backend.connector: {short(connector)}")
+        own = f"{role}_environment"
+        env = {**common, **(_mapping(backend, own, path) if backend.get(own) is not None else {})}
+        workers = resources.get(f"{prefix}_workers", 1)
         if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
-            raise FourfoldError(f"{path}: resources.{short}_workers: {workers!r}; expected a whole number")
+            raise FourfoldError(f"{path}: resources.{prefix}_workers: {short(workers)!r}; expected a whole number")
         if workers == 0:
-            unknown.append(f"resources.{short}_workers: 0; one replica written")
-        gpus = resources.get(f"gpus_per_{short}")
+            unknown.append(f"resources.{prefix}_workers: 0; one replica written")
+        gpus = resources.get(f"gpus_per_{prefix}")
         out.append(Server(role, options, env, max(workers, 1), gpus if isinstance(gpus, int) else None))
     return out
 
@@ -173,9 +175,9 @@ def _workload(out: Deployment, data: dict[str, Any], path: Path) -> None:
     found = [load for load in loads if load]
     out.concurrency = max(found, default=None)
     if len(found) > 1:
-        out.unknown.append(f"benchmark.concurrencies: {_short(benchmark['concurrencies'])}; the largest is written")
+        out.unknown.append(f"benchmark.concurrencies: {short(benchmark['concurrencies'])}; the largest is written")
     known = {"isl", "osl", "concurrencies"}
-    out.unknown += [f"benchmark.{key}: {_short(value)}" for key, value in benchmark.items() if key not in known]
+    out.unknown += [f"benchmark.{key}: {short(value)}" for key, value in benchmark.items() if key not in known]
 
 
 def _router(out: Deployment, data: dict[str, Any]) -> None:
@@ -188,25 +190,20 @@ def _router(out: Deployment, data: dict[str, Any]) -> None:
         args = frontend.get("args")
         out.router = {"kind": kind, **({"args": args} if isinstance(args, dict) and args else {})}
     known = {"type", "args"} if kind else set()
-    out.unknown += [f"frontend.{key}: {_short(value)}" for key, value in frontend.items() if key not in known]
+    out.unknown += [f"frontend.{key}: {short(value)}" for key, value in frontend.items() if key not in known]
 
 
 def _mapping(data: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     value = data.get(key)
     if not isinstance(value, dict):
-        raise FourfoldError(f"{path}: {key}: {_short(value)}; expected a mapping")
+        raise FourfoldError(f"{path}: {key}: {short(value)}; expected a mapping")
     return value
 
 
 def _count(value: Any) -> int | None:
     text = str(value).strip()
-    return int(text) if text.isdigit() and 0 < int(text) <= 1 << 24 else None
+    return int(text) if WHOLE.fullmatch(text) and 0 < int(text) <= 1 << 24 else None
 
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.recipe.importing.result import Deployment, Server
+from fourfold.common.recipe.check.renames import WHOLE
+from fourfold.common.recipe.importing.result import Deployment, Server, short
 from fourfold.common.recipe.loading import Catalogue
 
 GENERATIONS = {"gb300": "blackwell", "gb200": "blackwell", "b300": "blackwell", "b200": "blackwell", "h200": "hopper"}
@@ -49,11 +50,11 @@ def read(
     variants = _mapping(data, "variants", path)
     chosen = variants.get(variant)
     if not isinstance(chosen, dict):
-        raise FourfoldError(f"{path}: variants: no {variant!r}; there are {', '.join(map(str, variants))}")
+        raise FourfoldError(f"{path}: variants: no {variant!r}; there are {short(', '.join(map(str, variants)))}")
     sheet = next(catalogue.hardware(n) for n in catalogue.names("hardware") if n.partition("-")[0] == gpu)
     strategies, optional = data.get("compatible_strategies"), data.get("opt_in_features") or []
     if not isinstance(optional, list):
-        raise FourfoldError(f"{path}: opt_in_features: {str(optional)[:80]}; expected a list")
+        raise FourfoldError(f"{path}: opt_in_features: {short(optional)}; expected a list")
     skip = {str(name) for name in optional} - set(features)
     out = []
     for strategy in strategies if isinstance(strategies, list) else []:
@@ -62,7 +63,9 @@ def read(
                 _deployment(data, chosen, str(strategy), path, gpu, sheet.gpus_per_node, sheet.memory_bytes, skip)
             )
     if not out:
-        raise FourfoldError(f"{path}: compatible_strategies: {strategies}; expected one of {', '.join(STRATEGIES)}")
+        raise FourfoldError(
+            f"{path}: compatible_strategies: {short(strategies)}; expected one of {', '.join(STRATEGIES)}"
+        )
     unread = [f"compatible_strategies: {name}" for name in strategies or [] if name not in STRATEGIES]
     unread += [f"features.{name}: opt-in; --feature {name} adds it" for name in sorted(skip)]
     unread += [f"variants.{name}: --variant {name} reads it" for name in variants if name != variant]
@@ -98,7 +101,9 @@ def _deployment(
         if isinstance(count, dict):
             count = count.get(gpu, count.get("default", nodes))
         if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < 1024:
-            raise FourfoldError(f"{path}: strategy_overrides.{strategy}.{role}.nodes: {count!r}; expected a number")
+            raise FourfoldError(
+                f"{path}: strategy_overrides.{strategy}.{role}.nodes: {short(count)!r}; expected a number"
+            )
         layers = [
             model.get("base_args"),
             chosen.get("extra_args"),
@@ -202,7 +207,7 @@ def _options(layer: Any, path: Path, unknown: list[str], role: str) -> dict[str,
     if layer is None:
         return {}
     if not isinstance(layer, list):
-        raise FourfoldError(f"{path}: {layer!r}; expected a list of arguments")
+        raise FourfoldError(f"{path}: {short(layer)}; expected a list of arguments")
     words = [word if isinstance(word, str) else str(word) for word in layer]
     out: dict[str, Any] = {}
     i = 0
@@ -210,11 +215,11 @@ def _options(layer: Any, path: Path, unknown: list[str], role: str) -> dict[str,
         word = words[i]
         i += 1
         if not word.startswith("-"):
-            unknown.append(f"{role}: {word[:80]}: a value without an option")
+            unknown.append(f"{role}: {short(word, 80)}: a value without an option")
             continue
         if " " in word and "=" not in word.partition(" ")[0]:
             unknown.append(
-                f"{role}: {word[:80]}: an option and its value in one word, which no parser splits; split here"
+                f"{role}: {short(word, 80)}: an option and its value in one word, which no parser splits; split here"
             )
             word, _, rest = word.partition(" ")
             words.insert(i, rest.strip())
@@ -234,7 +239,7 @@ def _is_option(word: str) -> bool:
 
 
 def _value(text: str) -> Any:
-    if text.lstrip("-").isdigit() and len(text) < 16:
+    if WHOLE.fullmatch(text):
         return int(text)
     return {"true": True, "false": False}.get(text.lower(), text)
 
@@ -242,7 +247,7 @@ def _value(text: str) -> Any:
 def _mapping(data: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     value = data.get(key)
     if not isinstance(value, dict):
-        raise FourfoldError(f"{path}: {key}: {str(value)[:80]}; expected a mapping")
+        raise FourfoldError(f"{path}: {key}: {short(value)}; expected a mapping")
     return value
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from fourfold.common.recipe.check.renames import as_mapping, value_of
+from fourfold.common.recipe.check.renames import WHOLE, as_mapping, value_of
 from fourfold.common.recipe.check.result import Severity
 from fourfold.common.recipe.launch import Start, engine_of, starts
 from fourfold.common.recipe.loading import Catalogue
@@ -99,7 +99,7 @@ class RoleCase:
 
 def _whole(value: Any, default: int) -> int:
     text = str(value)
-    return int(text) if text.removeprefix("-").isdecimal() and len(text) < 19 else default
+    return int(text) if WHOLE.fullmatch(text) else default
 
 
 @dataclass(frozen=True)
