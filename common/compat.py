@@ -7,30 +7,10 @@ installed. `fourfold doctor` prints it for the installed engine; CI runs it agai
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 
 from fourfold.common.definitions import missing
-
-
-@dataclass(frozen=True)
-class Seam:
-    """One attribute.
-
-    Attributes:
-        engine: vllm or sglang.
-        path: ``module:name`` or ``module:Class.member``.
-        parameters: names that a function must accept.
-        why: what fourfold does with it.
-        until: when the row goes away.
-    """
-
-    engine: str
-    path: str
-    why: str
-    parameters: tuple[str, ...] = ()
-    until: str = "official extension point; stays"
-
+from fourfold.common.seam import Seam
 
 _Q = "model_executor.layers.quantization"
 _CREATE = (
@@ -45,6 +25,7 @@ _DRAFT_WORKER = "SGLang lets a registered algorithm choose its draft worker"
 _SCHEDULER = "vLLM lets a plugin choose the draft length"
 _RANKS = "vLLM's dynamic speculation works under data parallelism"
 _DRAFTER = "vLLM lets a plugin draft beside an MTP head"
+_LAYER = "models.deepseek_v2:DeepseekV2AttentionMLA"
 _MLA = "SGLang's MLA layers load and absorb their weights themselves"
 _LOADER = "the engine offers quantisation methods a loader without naming their class"
 
@@ -370,13 +351,9 @@ SEAMS: tuple[Seam, ...] = (
         ("is_nextn",),
         _MLA,
     ),
-    _sglang("models.deepseek_v2:DeepseekV2AttentionMLA.w_kc", "tells a layer that has them", until=_MLA),
-    _sglang(
-        "models.deepseek_v2:DeepseekV2AttentionMLA.fused_qkv_a_proj_with_mqa",
-        "loads the two projections that it multiplies as one",
-        until=_MLA,
-    ),
-    _sglang("models.deepseek_v2:DeepseekV2AttentionMLA.kv_b_proj", "whether they can be made", until=_MLA),
+    _sglang(f"{_LAYER}.w_kc", "tells a layer that has them", until=_MLA),
+    _sglang(f"{_LAYER}.fused_qkv_a_proj_with_mqa", "loads the two projections that it fuses", until=_MLA),
+    _sglang(f"{_LAYER}.kv_b_proj", "whether they can be made", until=_MLA),
     _sglang(
         "models.deepseek_nextn:DeepseekV3ForCausalLMNextN",
         "named in a draft's config beside its own class, by which SGLang tells MLA",

@@ -1,0 +1,24 @@
+"""What a row of `fourfold.common.compat` is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One attribute.
+
+    Attributes:
+        engine: vllm or sglang.
+        path: ``module:name`` or ``module:Class.member``.
+        parameters: names that a function must accept.
+        why: what fourfold does with it.
+        until: when the row goes away.
+    """
+
+    engine: str
+    path: str
+    why: str
+    parameters: tuple[str, ...] = ()
+    until: str = "official extension point; stays"
