@@ -194,7 +194,9 @@ def _refusals(engine: str, version: str, options: Mapping[str, Any]) -> dict[str
         return {rename.old: rename.text for rename in found if rename.effect == "refused"}
     own = {name: value for name, value in options.items() if name not in DERIVED[engine] and value is not False}
     arguments = {name: flags(engine, {name: value}) for name, value in own.items()}
-    return {str(item["option"]): str(item["message"]) for item in snapshots.refusals(known, arguments, own)}
+    found = {str(item["option"]): str(item["message"]) for item in snapshots.refusals(known, arguments, own)}
+    # A snapshot tells converters by samples; one that takes "auto" or JSON besides looks like a plain number's.
+    return {name: why for name, why in found.items() if not re.search(r": invalid (int|float) value", why)}
 
 
 def _speculation(engine: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
