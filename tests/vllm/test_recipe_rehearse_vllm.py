@@ -80,7 +80,8 @@ def test_run_serves_and_leaves_nothing(known: Catalogue, tmp_path: Path) -> None
     model = write_replica(tmp_path / "replica", read_traits(config), "vllm", False).model
     port = free_port()
     fourfold = "from fourfold.common.cli import main; main()"
-    command = [sys.executable, "-c", fourfold, "recipe", "run", "cpu/smollm2", "--engine", "vllm"]
+    command = [sys.executable, "-c", fourfold, "recipe", "run", "golden/served", "--engine", "vllm"]
+    command += ["--catalogue", str(Path(__file__).parents[1] / "recipes" / "golden" / "catalogue")]
     command += ["--model", str(model), "--port", str(port), "--logs", str(tmp_path / "logs"), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

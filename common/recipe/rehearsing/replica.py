@@ -109,8 +109,8 @@ def _config(traits: Traits, engine: str) -> dict[str, Any]:
         "hidden_size": SIZE,
         "intermediate_size": INNER,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": max(1, HEADS // traits.ratio),
+        "num_attention_heads": _heads(traits)[0],
+        "num_key_value_heads": _heads(traits)[1],
         "vocab_size": SIZE,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
@@ -139,6 +139,7 @@ def _config(traits: Traits, engine: str) -> dict[str, Any]:
     if traits.family == "glm4_moe":
         return config | {"head_dim": HEAD_DIM, "use_qk_norm": True, "partial_rotary_factor": 0.5}
     config |= {
+        "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS,
         "q_lora_rank": Q_RANK,
         "kv_lora_rank": KV_RANK,
@@ -161,6 +162,11 @@ def _config(traits: Traits, engine: str) -> dict[str, Any]:
             "mscale_all_dim": 1.0,
         }
     return config
+
+
+def _heads(traits: Traits) -> tuple[int, int]:
+    """Heads of queries, and of keys and values, in the model's ratio, rounded to a power of two up to 8."""
+    return (HEADS, HEADS) if traits.ratio == 1 else (2 << min(traits.ratio.bit_length() - 1, 3), 2)
 
 
 def _target(family: Family, traits: Traits, generator: Any) -> dict[str, Tensor]:
@@ -216,10 +222,10 @@ def _layer(family: Family, traits: Traits, prefix: str, number: int, generator: 
             f"{attention}.o_proj.weight": matrix(SIZE, HEADS * V_DIM, LITTLE),
         }
     else:
-        shared = max(1, HEADS // traits.ratio)
-        for name, heads in (("q", HEADS), ("k", shared), ("v", shared)):
+        query, shared = _heads(traits)
+        for name, heads in (("q", query), ("k", shared), ("v", shared)):
             tensors[f"{attention}.{name}_proj.weight"] = matrix(heads * HEAD_DIM, SIZE)
-        tensors[f"{attention}.o_proj.weight"] = matrix(SIZE, HEADS * HEAD_DIM, LITTLE)
+        tensors[f"{attention}.o_proj.weight"] = matrix(SIZE, query * HEAD_DIM, LITTLE)
         if family == "glm4_moe":
             tensors |= {f"{attention}.{name}_norm.weight": torch.ones(HEAD_DIM) for name in "qk"}
 
