@@ -151,7 +151,7 @@ def _run(
             answers.ready = answer["ready"]
         elif "fatal" in answer:
             answers.fatal = answer["fatal"]
-    answers.log = log.read_bytes()[-6000:].decode(errors="replace")
+    answers.log = log.read_bytes()[-12000:].decode(errors="replace")
     if answers.fatal is None and not answers.ready:
         last = answers.log.strip().splitlines()[-1:] or [""]
         answers.fatal = f"{target.label} ended with status {process.returncode} before it could be asked: {last[0]}"

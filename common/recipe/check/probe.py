@@ -29,7 +29,7 @@ MOST_REFUSALS = 20
 UNABLE = re.compile(
     r"not compiled with CUDA|No CUDA GPUs|NVIDIA driver|NVML|libcuda|"
     r"couldn't connect to|Can't load|offline mode|LocalEntryNotFound|is not a local folder|No module named|"
-    r"cannot import name|has no attribute|Error raised in subprocess|No accelerator",
+    r"failed to be inspected|cannot import name|has no attribute|Error raised in subprocess|No accelerator",
     re.I,
 )
 

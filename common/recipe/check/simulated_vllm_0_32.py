@@ -6,12 +6,27 @@ vLLM's configuration is replaced. What vLLM asks a child process about a model's
 
 from __future__ import annotations
 
+import re
 import sys
-import types
+import traceback
+from importlib.machinery import ModuleSpec
 from typing import Any
 
-COMPILED = ("vllm._C_stable_libtorch", "vllm._moe_C_stable_libtorch")
+COMPILED = re.compile(r"vllm\.(.+\.)?_\w*C(_stable_libtorch)?$")
 machine: dict[str, Any] = {}
+
+
+class Kernels:
+    """Empty modules for vLLM's compiled kernels where this build has none; resolving calls none of them."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if COMPILED.match(name) else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: Any) -> None:
+        return None
 
 
 def become(sheet: dict[str, Any]) -> None:
@@ -23,8 +38,7 @@ def become(sheet: dict[str, Any]) -> None:
 def install(sheet: dict[str, Any]) -> None:
     """Make vLLM's current platform a simulated one. Before anything else of vLLM is imported."""
     become(sheet)
-    for name in COMPILED:  # a build for CPUs has no such kernels; resolving calls none
-        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.meta_path.append(Kernels())  # type: ignore[arg-type]
     import vllm.platforms
 
     vllm.platforms.vllm_version_matches_substr = lambda text: False  # Triton is asked for without CUDA, too
@@ -60,6 +74,35 @@ def install(sheet: dict[str, Any]) -> None:
             return [0] * machine["count"]
 
     vllm.platforms._current_platform = Simulated()
+    _operations()
     from vllm.model_executor.models import registry
 
-    registry._run_in_subprocess = lambda ask: ask()  # a child would see this machine
+    in_child = registry._run_in_subprocess
+
+    def ask(question: Any) -> Any:
+        """Here, where the machine is the simulated one; in a child, on the machine that there is, where that fails."""
+        try:
+            return question()
+        except (ImportError, AttributeError, NotImplementedError, RuntimeError):
+            traceback.print_exc()
+            return in_child(question)
+
+    registry._run_in_subprocess = ask
+
+
+def _operations() -> None:
+    """Questions to kernels that this build lacks, of what they support: all."""
+    import torch._ops
+
+    namespace: Any = torch._ops._OpNamespace
+    lookup = namespace.__getattr__
+
+    def find(self: Any, name: str) -> Any:
+        try:
+            return lookup(self, name)
+        except AttributeError:
+            if "supports" not in name or not self.name.endswith("_C"):
+                raise
+            return lambda *arguments, **named: True
+
+    namespace.__getattr__ = find
