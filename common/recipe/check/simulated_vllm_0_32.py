@@ -12,7 +12,8 @@ import traceback
 from importlib.machinery import ModuleSpec
 from typing import Any
 
-COMPILED = re.compile(r"vllm\.(.+\.)?_\w*C(_stable_libtorch)?$")
+# Not all compiled modules: where _flashmla_C is absent, vLLM puts placeholders in its place itself.
+COMPILED = re.compile(r"vllm\.(_C_stable_libtorch|_moe_C_stable_libtorch|vllm_flash_attn\._vllm_fa[23]_C)$")
 machine: dict[str, Any] = {}
 
 
