@@ -142,8 +142,8 @@ def options_of(parser: Any) -> dict[str, dict[str, Any]]:
 
 
 def kind_of(convert: Any) -> str:
-    """``text``, ``float``, ``int``, ``json`` or ``other``: told from what a converter takes."""
-    for kind, sample in (("text", "a b"), ("float", "1.5"), ("int", "7"), ("json", "{}")):
+    """``text``, ``float``, ``size`` (such as 8k), ``int``, ``json`` or ``other``: told from what a converter takes."""
+    for kind, sample in (("text", "a b"), ("float", "1.5"), ("size", "8k"), ("int", "7"), ("json", "{}")):
         try:
             if convert is not None:
                 convert(sample)
