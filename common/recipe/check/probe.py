@@ -1,6 +1,7 @@
 """Ask a real engine, in its own interpreter: ``python probe.py REQUEST ANSWERS``.
 
-Runs as a file, needs the standard library and the engine, and nothing of fourfold. It imports the engine once, then
+Runs as a file, needs the standard library and the engine, and nothing of fourfold but the engine's adapter
+(``recipe_probe.py`` of ``vllm_ext`` or ``sglang_ext``), which is run as a file, too. It imports the engine once, then
 examines each case in a process of its own (forked), so that a case's environment, crash or endless loop concerns that
 case alone. Requests are one JSON object, answers are lines of JSON, appended as they are ready: ``ready`` (with the
 engine's version), ``facts`` (options and variables), and one for each case. The engine's output goes wherever this
@@ -38,13 +39,13 @@ class Refused(Exception):
     """The engine's parser refuses the arguments; the message is the engine's."""
 
 
-def load(name: str) -> Any:
-    """The module in the file ``name``.py beside this one."""
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    if spec is None or spec.loader is None or not (HERE / f"{name}.py").is_file():
-        raise ImportError(f"no file {name}.py")
+def load(path: Path) -> Any:
+    """The module in a file, by path: the interpreter here need not have fourfold."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError(f"no file {path}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
@@ -272,7 +273,7 @@ def main(request_path: str, answers_path: str) -> int:
             answers.write(json.dumps(answer) + "\n")
 
         try:
-            adapter = load(f"probe_{request['engine']}")
+            adapter = load(HERE.parents[2] / f"{request['engine']}_ext" / "recipe_probe.py")
             say({"ready": adapter.start(request, load, Refused)})
             if request["facts"] is not None:
                 say({"facts": adapter.facts(request["facts"])})

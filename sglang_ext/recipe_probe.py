@@ -1,4 +1,4 @@
-"""SGLang's parser, configuration and variables; see `probe`. Runs in SGLang's interpreter."""
+"""SGLang's parser, configuration and variables; see `fourfold.common.recipe.check.probe`. Runs as a file in SGLang's interpreter."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def start(request: dict[str, Any], load: Any, refusal: type[Exception]) -> dict[
     refused, simulated = refusal, request["machine"] is not None
     version = metadata.version("sglang")
     if simulated:
-        name = "simulated_sglang_" + "_".join(version.split(".")[:3])
-        if (Path(__file__).parent / f"{name}.py").is_file():
-            simulation = load(name)
+        file = Path(__file__).with_name("simulated_" + "_".join(version.split(".")[:3]) + ".py")
+        if file.is_file():
+            simulation = load(file)
             simulation.install(request["machine"])
     from sglang.srt.plugins import load_plugins
 

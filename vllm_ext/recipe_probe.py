@@ -1,4 +1,4 @@
-"""vLLM's parser, configuration and variables; see `probe`. Runs in vLLM's interpreter."""
+"""vLLM's parser, configuration and variables; see `fourfold.common.recipe.check.probe`. Runs as a file in vLLM's interpreter."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def start(request: dict[str, Any], load: Any, refusal: type[Exception]) -> dict[
 
     version = vllm.__version__.split("+")[0]
     if simulated:
-        name = "simulated_vllm_" + "_".join(version.split(".")[:2])
-        if (Path(__file__).parent / f"{name}.py").is_file():
-            simulation = load(name)
+        file = Path(__file__).with_name("simulated_" + "_".join(version.split(".")[:2]) + ".py")
+        if file.is_file():
+            simulation = load(file)
             simulation.install(request["machine"])
     from vllm.plugins import load_general_plugins
     from vllm.utils.argparse_utils import FlexibleArgumentParser

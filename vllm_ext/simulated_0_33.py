@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from probe import load
 
-_older: Any = load("simulated_vllm_0_32")
+_older: Any = load(Path(__file__).with_name("simulated_0_32.py"))
 become, install = _older.become, _older.install
