@@ -1,6 +1,6 @@
 """What fourfold registers with vLLM, through vLLM's and transformers' own registries.
 
-- The quantisation method ``fourfold_nvfp4``.
+- The quantisation method ``fourfold_nvfp4``. On a CPU with AMX this asks for AMX, which attention needs (`cpu_amx`).
 - The draft model class ``FourfoldMTP`` and the config classes of draft directories; both are imported when used. On a
   CPU this patches two functions of speculative sampling (`cpu_sampling`).
 - A collector of the counts of drafts by source, empty unless a worker counts them (`common.mtp.metrics`).
@@ -43,8 +43,10 @@ def register() -> bool:
 
 
 def _quantisation(log: logging.Logger) -> None:
+    from fourfold.vllm_ext.cpu_amx import allow
     from fourfold.vllm_ext.quant_config import FourfoldNvfp4Config
 
+    allow()
     log.info("fourfold: registered --quantization %s", FourfoldNvfp4Config.get_name())
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fourfold.common.quant.backends import Scheme
 from fourfold.common.quant.checkpoint.convert import Options, convert
@@ -35,6 +36,17 @@ def outcome(prepare: str) -> str:
 
 def test_registers_once() -> None:
     assert outcome("").startswith("RESULT [True, True] 1 ['fourfold: registered --quantization fourfold_nvfp4']")
+
+
+def test_attention_may_use_amx() -> None:
+    if not torch.cpu._is_amx_tile_supported():
+        pytest.skip("this processor has no AMX")
+    # arch_prctl(ARCH_GET_XCOMP_PERM): bit 18 is that of the tiles.
+    ask = "import ctypes\nbits = ctypes.c_ulong()\nctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(bits))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT + ask + "print('TILES', bits.value >> 18 & 1)"], capture_output=True, text=True
+    )
+    assert "TILES 1" in done.stdout, done.stdout + done.stderr
 
 
 NVFP4, MTP = "--quantization fourfold_nvfp4", "MTP heads"
