@@ -35,6 +35,7 @@ from fourfold.common.bench.mtp_rows import (
 )
 from fourfold.common.bench.prompts import PROMPTS
 from fourfold.common.bench.turns import awake, started
+from fourfold.common.console import wide_console
 from fourfold.common.errors import FourfoldError
 from fourfold.common.serving import EngineServer, installed_engine
 from fourfold.common.settings import METHOD
@@ -273,9 +274,7 @@ def mtp(
         result |= {"rows": [asdict(row) for row in table], "derived": [asdict(item) for item in derived]}
         typer.echo(json.dumps(result, indent=1))
         raise typer.Exit(early)
-    out = Console()
-    if not out.is_terminal:
-        out.width = 160  # a file has no width that the table has to fit into
+    out = wide_console()
     out.print(machine.describe())
     out.print(_table(table, f"{name} {version}, {model}, tokens/s, answers up to {tokens} tokens, {rounds} rounds"))
     out.print(_derived(derived))

@@ -30,9 +30,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @recipe_app.command("list")
 def list_(catalogue: Roots = None, as_json: Json = False) -> None:
     """List all recipes."""
-    from rich.console import Console
     from rich.table import Table
 
+    from fourfold.common.console import wide_console
     from fourfold.common.recipe.loading import Catalogue
 
     known = Catalogue(catalogue)
@@ -47,7 +47,7 @@ def list_(catalogue: Roots = None, as_json: Json = False) -> None:
     table = Table("recipe", "hardware", "engines", "title")
     for r in recipes:
         table.add_row(r.id, r.hardware, ", ".join(r.engines), r.title)
-    Console().print(table)
+    wide_console().print(table)
 
 
 @recipe_app.command()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from fourfold.common.console import wide_console
 
 if TYPE_CHECKING:
     from fourfold.common.recipe.importing.collection import Collection
@@ -88,12 +89,11 @@ def _summary(found: Collection) -> None:
 
     refused: by a version of the engine as it was published; ignored: a variable that nothing reads any more.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from fourfold.common.recipe.importing.building import judges
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = wide_console()
     table = Table("engine", "files", "refused", "recipes", "old names", "refused", "ignored", "repaired", "left")
     for engine, row in found.counts().items():
         keys = ("files", "files_refused", "recipes", "rotten", "refused", "ignored", "repaired", "left")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fourfold.common.console import wide_console
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -73,9 +75,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(_facts(subject, found, errors, unseen, published, price, prices), indent=1))
     else:
-        from rich.console import Console
-
-        console = Console()
+        console = wide_console()
         _head(console, subject, found, errors, unseen)
         if found.front:
             _table(console, found.front, rows, price, prices)

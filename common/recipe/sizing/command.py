@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fourfold.common.console import wide_console
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -52,9 +54,7 @@ def fit(
         facts = {"recipe": found.id, "model": card.id, "hardware": sheet.id}
         typer.echo(json.dumps({**facts, "roles": [as_facts(fit) for fit in results]}, indent=1))
     else:
-        from rich.console import Console
-
-        console = Console()
+        console = wide_console()
         console.print(f"{found.id}: {card.repo} on {sheet.gpu}, {_both(sheet.memory_bytes)} each", highlight=False)
         for fit in results:
             _show(console, fit)
