@@ -17,7 +17,7 @@ test: test-vllm test-sglang
 
 test-vllm:
 	$(SETUP) vllm vllm-0.33.0
-	.envs/vllm/bin/python $(PYTEST) tests/common tests/vllm
+	.envs/vllm/bin/python $(PYTEST) tests/common tests/recipes tests/vllm
 
 test-sglang:
 	$(SETUP) sglang

@@ -1,4 +1,7 @@
-"""SGLang's parser, configuration and variables; see `fourfold.common.recipe.check.probe`. Runs as a file in SGLang's interpreter."""
+"""SGLang's parser, configuration and variables, for `fourfold.common.recipe.check.probe`.
+
+Runs as a file in SGLang's interpreter.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""vLLM's parser, configuration and variables; see `fourfold.common.recipe.check.probe`. Runs as a file in vLLM's interpreter."""
+"""vLLM's parser, configuration and variables, for `fourfold.common.recipe.check.probe`.
+
+Runs as a file in vLLM's interpreter.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A CUDA machine for vLLM 0.32 that is not there: enough of its platform for a configuration to resolve.
 
-The class is vLLM's own platform for CUDA; what it would ask a driver is answered from a hardware sheet. Nothing of
-vLLM's configuration is replaced. What vLLM asks a child process about a model's class, it asks here.
+The class is vLLM's own platform for CUDA; what it would ask a driver is answered from a hardware sheet. What vLLM asks
+a child process about a model's class, it asks here. One step of the configuration is left out: the token ids of a
+reasoning parser's marks, for which a recipe's model has no tokenizer.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -17,17 +19,33 @@ COMPILED = re.compile(r"vllm\.(_C_stable_libtorch|_moe_C_stable_libtorch|vllm_fl
 machine: dict[str, Any] = {}
 
 
-class Kernels:
-    """Empty modules for vLLM's compiled kernels where this build has none; resolving calls none of them."""
+class Placeholder(type):
+    """Classes all whose attributes are themselves."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if COMPILED.match(name) else None  # type: ignore[arg-type]
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+
+class Anything(metaclass=Placeholder):
+    """In place of each name of torchvision, which modules of processors import and a configuration does not use."""
+
+
+class Absent(Loader, MetaPathFinder):
+    """Modules that this build lacks and resolving does not call: vLLM's compiled kernels (empty) and torchvision."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        vision = fullname.partition(".")[0] == "torchvision"
+        return ModuleSpec(fullname, self, is_package=vision) if vision or COMPILED.match(fullname) else None
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
 
     def exec_module(self, module: Any) -> None:
-        return None
+        if module.__name__.startswith("torchvision"):
+            module.__version__ = "0"
+            module.__getattr__ = lambda name: getattr(Anything, name)
 
 
 def become(sheet: dict[str, Any]) -> None:
@@ -39,7 +57,7 @@ def become(sheet: dict[str, Any]) -> None:
 def install(sheet: dict[str, Any]) -> None:
     """Make vLLM's current platform a simulated one. Before anything else of vLLM is imported."""
     become(sheet)
-    sys.meta_path.append(Kernels())  # type: ignore[arg-type]
+    sys.meta_path.append(Absent())
     import vllm.platforms
 
     vllm.platforms.vllm_version_matches_substr = lambda text: False  # Triton is asked for without CUDA, too
@@ -89,6 +107,20 @@ def install(sheet: dict[str, Any]) -> None:
             return in_child(question)
 
     registry._run_in_subprocess = ask
+    _reasoning()
+
+
+def _reasoning() -> None:
+    """A reasoning parser must be one that vLLM knows; its marks are not looked up in a tokenizer."""
+    from vllm.config.reasoning import ReasoningConfig
+    from vllm.reasoning import ReasoningParserManager
+
+    def known(self: Any, model_config: Any) -> None:
+        if self.reasoning_parser:
+            ReasoningParserManager.get_reasoning_parser(self.reasoning_parser)
+        self._enabled = True
+
+    ReasoningConfig.initialize_token_ids = known
 
 
 def _operations() -> None:

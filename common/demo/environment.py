@@ -19,14 +19,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVS = ROOT / ".envs"
-TOOLS = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "openai", "setuptools>=77", "wheel")
+TOOLS = (
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "jsonschema>=4.18",
+    "openai",
+    "setuptools>=77",
+    "wheel",
+)
 CHECKS = ("ruff>=0.6", "pyright>=1.1.380")
 TORCH_PARTS = ("torch", "torchvision", "torchaudio", "torchcodec")
 GIB_NEEDED = {"vllm": 8, "sglang": 14, "vllm-0.33.0": 1}
 WHAT = {
     "vllm": "vLLM 0.32.0 for CPUs with torch 2.13.0: about 0.6 GB to download (3 GB where only torch's CUDA build is)",
     "sglang": "SGLang 0.5.23 with torch 2.14.1 and its CUDA libraries: about 5 GB to download, 11 GB on disk",
-    "vllm-0.33.0": "the wheel of vLLM 0.33.0 (0.3 GB), whose source the seams are checked against; it is not installed",
+    "vllm-0.33.0": "the wheel of vLLM 0.33.0 (0.3 GB), unpacked: seams, and the parser and configuration for recipes",
 }
 
 
@@ -148,7 +156,7 @@ def sglang() -> Environment:
 
 
 def vllm_033_source() -> Environment:
-    """The source of vLLM 0.33.0, unpacked from its wheel; nothing of it is run."""
+    """The source of vLLM 0.33.0, unpacked from its wheel. The environment `vllm` runs its parser and configuration."""
     env = Environment("vllm-0.33.0")
 
     def action() -> None:

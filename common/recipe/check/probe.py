@@ -104,12 +104,18 @@ def plain(value: Any) -> Any:
 
 
 def same(wanted: Any, got: Any, raw: Any = None) -> bool:
-    """Whether ``got`` is what was asked for. A mapping asks for its keys only; ``auto`` and None ask for nothing."""
+    """Whether ``got`` is what was asked for.
+
+    A mapping asks for its keys only, a list of words for these words (engines add their own); ``auto`` and None ask
+    for nothing. ``raw`` is the value that `plain` made ``got`` of: an enum may be asked for by its value.
+    """
     if wanted is None or isinstance(wanted, str) and wanted.lower() in ("auto", ""):
         return True
     if isinstance(wanted, dict) and isinstance(got, dict):
-        return all(same(value, got.get(key)) for key, value in wanted.items())
+        return all(same(value, got.get(key), getattr(raw, key, None)) for key, value in wanted.items())
     if isinstance(wanted, (list, tuple)) and isinstance(got, (list, tuple)):
+        if wanted and all(isinstance(word, str) for word in wanted):
+            return set(wanted) <= set(got)
         return len(wanted) == len(got) and all(map(same, wanted, got))
     if isinstance(wanted, str) and isinstance(got, str):
         return wanted.lower().replace("-", "_") == got.lower().replace("-", "_")
@@ -197,7 +203,11 @@ def resolution(adapter: Any, arguments: Any, case: dict[str, Any]) -> dict[str, 
     changed = []
     for name, wanted in requested.items():
         if name in resolved and not same(plain(wanted), plain(resolved[name]), resolved[name]):
-            changed.append({"option": name, "requested": plain(wanted), "resolved": plain(resolved[name])})
+            asked, got, raw = plain(wanted), plain(resolved[name]), resolved[name]
+            if isinstance(asked, dict) and isinstance(got, dict):
+                asked = {k: v for k, v in asked.items() if not same(v, got.get(k), getattr(raw, k, None))}
+                got = {k: got.get(k) for k in asked}
+            changed.append({"option": name, "requested": asked, "resolved": got})
     return {
         "state": "resolved",
         "changed": changed,

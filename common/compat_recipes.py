@@ -1,0 +1,53 @@
+"""Rows of `fourfold.common.compat` for the adapters of ``fourfold recipe check``."""
+
+from __future__ import annotations
+
+from fourfold.common.seam import Seam
+
+_MACHINE = "the engine resolves a configuration for a machine that is described to it"
+
+
+def _vllm(path: str, why: str, parameters: tuple[str, ...] = (), until: str = Seam.until) -> Seam:
+    return Seam("vllm", f"vllm.{path}", why, parameters, until)
+
+
+def _sglang(path: str, why: str, parameters: tuple[str, ...] = (), until: str = Seam.until) -> Seam:
+    return Seam("sglang", f"sglang.srt.{path}", why, parameters, until)
+
+
+RECIPES: tuple[Seam, ...] = (
+    _vllm("plugins:load_general_plugins", "a recipe's engine has its plugins"),
+    _vllm("utils.argparse_utils:FlexibleArgumentParser", "the parser that a recipe's arguments go to"),
+    _vllm("engine.arg_utils:EngineArgs.from_cli_args", "arguments to a configuration", ("args",)),
+    _vllm(
+        "engine.arg_utils:EngineArgs.create_engine_config", "resolves as the server does", ("usage_context", "headless")
+    ),
+    _vllm("engine.arg_utils:AsyncEngineArgs", "the server's arguments"),
+    _vllm("engine.arg_utils:get_type_hints", "which options take a mapping", ("type_hint",)),
+    _vllm("usage.usage_lib:UsageContext", "resolves as the server does"),
+    _vllm("config:SpeculativeConfig", "the keys of --speculative-config"),
+    _vllm("envs:environment_variables", "the variables that vLLM knows"),
+    _vllm("platforms.cuda:CudaPlatformBase", "the simulated machine", until=_MACHINE),
+    _vllm("platforms.interface:DeviceCapability", "the simulated machine", until=_MACHINE),
+    _vllm(
+        "model_executor.models.registry:_run_in_subprocess",
+        "asks for a model's class on the simulated machine",
+        ("fn",),
+        _MACHINE,
+    ),
+    _vllm(
+        "config.reasoning:ReasoningConfig.initialize_token_ids",
+        "left out: a recipe's model has no tokenizer",
+        ("model_config",),
+        _MACHINE,
+    ),
+    _vllm("reasoning:ReasoningParserManager", "whether there is such a parser"),
+    _sglang("plugins:load_plugins", "a recipe's engine has its plugins"),
+    _sglang("server_args:ServerArgs", "its parser, and arguments to a configuration"),
+    _sglang("environ:Envs", "the variables that SGLang knows"),
+    _sglang("environ:EnvField", "the variables that SGLang knows"),
+    _sglang("platforms.cuda:CudaSRTPlatform", "the simulated machine", until=_MACHINE),
+    _sglang("runtime_context:override_platform", "the simulated machine", until=_MACHINE),
+    _sglang("utils.common:get_device_memory_capacity", "the simulated machine's memory", ("device",), _MACHINE),
+    _sglang("utils.common:is_mnnvl_fabric_device", "the simulated machine's links", until=_MACHINE),
+)
