@@ -21,12 +21,14 @@ def mtp(aggregated: Result, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def test_an_aggregated_recipe(aggregated: Result) -> None:
     assert aggregated.ok, aggregated.checks
-    assert [check.name for check in aggregated.checks] == ["answers", "content"]
+    assert [check.name for check in aggregated.checks] == ["answers", "content", "probabilities"]
 
 
 def test_a_recipe_with_mtp(mtp: Result) -> None:
     assert mtp.ok, mtp.checks
-    assert [check.name for check in mtp.checks] == ["answers", "speculation", "drafts", "acceptance", "content"]
+    assert [check.name for check in mtp.checks] == [
+        *("answers", "speculation", "drafts", "acceptance", "content", "probabilities")
+    ]
     words = next(check.detail for check in mtp.checks if check.name == "acceptance").split()
     drafts, accepted, drafted = int(words[0]), int(words[3]), int(words[5])
     assert drafted == 3 * drafts and 0.5 * drafted < accepted < 0.95 * drafted

@@ -17,16 +17,9 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.launch import engine_of
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing import speculation
-from fourfold.common.recipe.rehearsing.rehearse import (
-    PROMPTS,
-    TOKENS,
-    Answers,
-    Rehearsed,
-    Result,
-    ask,
-    proof,
-    rehearse,
-)
+from fourfold.common.recipe.rehearsing.asking import PROMPTS, TOKENS, Answers, ask
+from fourfold.common.recipe.rehearsing.reference import WITHIN, furthest, reference
+from fourfold.common.recipe.rehearsing.rehearse import Rehearsed, Result, proof, rehearse
 from fourfold.common.recipe.rehearsing.replica import LAYERS, Replica, continuation, prompts, write_replica
 from fourfold.common.recipe.rehearsing.substitutions import substituted
 from fourfold.common.recipe.rehearsing.traits import ARCHITECTURES, read_traits
@@ -52,7 +45,7 @@ def mtp(known: Catalogue, aggregated: Result, tmp_path_factory: pytest.TempPathF
 
 def test_an_aggregated_recipe(aggregated: Result) -> None:
     assert aggregated.ok, aggregated.checks
-    assert [check.name for check in aggregated.checks] == ["answers", "content"]
+    assert [check.name for check in aggregated.checks] == ["answers", "content", "probabilities"]
     assert aggregated.replica["exact"] and aggregated.replica["architecture"] == "LlamaForCausalLM"
     assert any("NVLink" in line for line in aggregated.not_rehearsed)
     assert proof(aggregated)["level"] == 5
@@ -60,7 +53,14 @@ def test_an_aggregated_recipe(aggregated: Result) -> None:
 
 def test_a_recipe_with_mtp(mtp: Result, aggregated: Result) -> None:
     assert mtp.ok, mtp.checks
-    assert [check.name for check in mtp.checks] == ["answers", "speculation", "drafts", "acceptance", "content"]
+    assert [check.name for check in mtp.checks] == [
+        "answers",
+        "speculation",
+        "drafts",
+        "acceptance",
+        "content",
+        "probabilities",
+    ]
     assert mtp.without is aggregated.without
     (change,) = [change for change in mtp.substitutions if change.what == "speculative-config"]
     assert change.requested["model"].startswith("fourfold/") and change.used["model"] == "the replica's head"
@@ -163,7 +163,7 @@ def test_every_shipped_recipe_has_a_replica_and_flags(known: Catalogue, tmp_path
         for engine in recipe.engines:
             plan = engine_of(recipe, engine)
             role = "decode" if plan.disaggregated else "aggregated"
-            options, env, changes = substituted(recipe, engine, plan, role)
+            options, env, changes = substituted(recipe, engine, plan, role, traits.family)
             replica = Replica(tmp_path, tmp_path, traits)
             used, more = speculation.with_replica(engine, options, replica)
             assert not any(word in repr((used, env)) for word in ("megamoe", "mega_moe", "Nixl", "NCCL", "trtllm"))
@@ -180,6 +180,7 @@ def test_replicas_are_in_the_published_layout(family: Any, tmp_path: Path) -> No
     """transformers loads every tensor of the target, and the head is a module after the last layer."""
     import torch
     from safetensors import safe_open
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     config: dict[str, Any] = {"architectures": [ARCHITECTURES[family]], "num_attention_heads": 8}
@@ -191,7 +192,8 @@ def test_replicas_are_in_the_published_layout(family: Any, tmp_path: Path) -> No
     assert traits.family == family and traits.exact and not traits.missing
     replica = write_replica(tmp_path, traits, "vllm", True)
     assert (replica.draft is not None) == (family == "llama")
-    model, report = AutoModelForCausalLM.from_pretrained(replica.model, output_loading_info=True, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(replica.model, output_loading_info=True, dtype=torch.float32)
+    model, report = loaded
     assert not report["missing_keys"]
     assert all(key.startswith(f"model.layers.{LAYERS}.") for key in report["unexpected_keys"])
     for text in prompts(2):
@@ -199,8 +201,20 @@ def test_replicas_are_in_the_published_layout(family: Any, tmp_path: Path) -> No
         tokens = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
         assert "".join(chr(0x100 + int(t)) for t in tokens[ids.shape[1] :]) == continuation(text, 8)
     with safe_open(replica.model / "model.safetensors", "pt") as file:
-        names = set(file.keys())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    names = set(tensors)
     assert any(f".layers.{LAYERS}." in name for name in names) == (family != "llama")
+
+    given = prompts(PROMPTS)
+    continued = [continuation(text, TOKENS) for text in given]
+    right = reference(replica.model, given, continued)
+    part = {"llama": "mlp.up_proj", "glm4_moe": "mlp.experts.3.up_proj", "deepseek_v3": "self_attn.q_b_proj"}[family]
+    damaged = f"model.layers.1.{part}.weight"
+    save_file(tensors | {damaged: tensors[damaged].roll(1, 0)}, replica.model / "model.safetensors", {"format": "pt"})
+    other = reference(replica.model, given, continued)
+    top = [[dict(enumerate(row)) for row in rows.tolist()] for rows in right]
+    assert furthest(top, right) == 0 and WITHIN < 0.3 * furthest(top, other) < float("inf")
+    assert furthest([rows[1:] for rows in top], right) == float("inf")
 
 
 def test_a_failed_rehearsal_proves_nothing() -> None:

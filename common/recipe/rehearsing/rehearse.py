@@ -11,7 +11,6 @@ import datetime
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.launch import engine_of, flags
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing import speculation
+from fourfold.common.recipe.rehearsing.asking import LIKELIEST, PROMPTS, TOKENS, Answers, ask
+from fourfold.common.recipe.rehearsing.reference import WITHIN, furthest, reference
 from fourfold.common.recipe.rehearsing.replica import Replica, continuation, prompts, write_replica
 from fourfold.common.recipe.rehearsing.substitutions import Substitution, substituted
 from fourfold.common.recipe.rehearsing.traits import read_traits
-from fourfold.common.recipe.schema import EngineRecipe, Recipe
+from fourfold.common.recipe.schema import EngineRecipe, Recipe, RoleName
 from fourfold.common.serving import EngineServer, installed_engine
 
-PROMPTS, TOKENS, AT_ONCE = 6, 40, 3
 NEVER = (
     "the kernels that a GPU runs: attention, experts, quantised products, graphs, compilation",
     "NVLink, networks, and ranks that work together",
@@ -43,23 +43,6 @@ class Rehearsed:
     name: str
     ok: bool
     detail: str
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a server said.
-
-    Attributes:
-        texts: greedy continuations of `prompts`.
-        chat: the content of a chat answer; None: it was null.
-        drafts: verified drafts, ``drafted`` tokens in them and ``accepted`` ones; None: not counted.
-    """
-
-    texts: list[str]
-    chat: str | None
-    drafts: int | None = None
-    drafted: int | None = None
-    accepted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,12 +112,12 @@ def rehearse(
     recipe = known.recipe(wanted)
     plan = engine_of(recipe, engine)
     version = _installed(recipe, plan, engine)
-    role = "decode" if plan.disaggregated else "aggregated"
-    options, env, changes = substituted(recipe, engine, plan, role)
+    role = _role(plan)
     folder = logs or Path(tempfile.mkdtemp(prefix="fourfold-rehearsal-"))
     card = known.model(recipe.rehearsal.proxy if recipe.rehearsal and recipe.rehearsal.proxy else recipe.model)
     config = json.loads(known.model_path(card.id).with_name(card.config).read_text())
     traits = read_traits(config)
+    options, env, changes = substituted(recipe, engine, plan, role, traits.family)
     speculates = speculation.asked(engine, options) is not None
     with tempfile.TemporaryDirectory(prefix="fourfold-replica-") as scratch:
         tick("writing the replica")
@@ -152,8 +135,12 @@ def rehearse(
             log_without = folder / f"{engine}-without.log"
             plain = speculation.without(used)
             without = _serve(engine, replica, plain, env, log_without, False, tick)
-    checks = _checks(answers, without if speculates else None, speculates)
-    checks += _fourfold(plan, used, log)
+        plain_answers = without if speculates else None
+        checks = _checks(answers, plain_answers, speculates)
+        if not _quantises(used):
+            tick("comparing with transformers")
+            checks.append(_probabilities(replica, answers, plain_answers))
+    checks += _fourfold(used, log)
     return Result(
         recipe.id,
         engine,
@@ -164,6 +151,10 @@ def rehearse(
         _not_rehearsed(recipe, plan, replica),
         without if speculates else answers,
     )
+
+
+def _role(plan: EngineRecipe) -> RoleName:
+    return "decode" if plan.disaggregated else "aggregated"
 
 
 def _installed(recipe: Recipe, plan: EngineRecipe, engine: str) -> str:
@@ -197,45 +188,6 @@ def _serve(
         server.stop()
 
 
-def ask(server: EngineServer, speculates: bool) -> Answers:
-    """The answers of a running server to `prompts`, several at once, and what it counted meanwhile."""
-    before = _vllm_counts(server) if speculates and server.engine == "vllm" else {}
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = list(pool.map(lambda text: _complete(server, text, speculates), prompts(PROMPTS)))
-    counts: dict[str, int] = {}
-    if speculates and server.engine == "vllm":
-        counts = {name: value - before[name] for name, value in _vllm_counts(server).items()}
-    elif speculates:
-        counts = {name: sum(one[name] for _, one in found) for name in ("drafts", "drafted", "accepted")}
-    messages = [{"role": "user", "content": prompts(1)[0]}]
-    body = {"model": server.model, "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    chat = server.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
-    return Answers([text for text, _ in found], chat, **counts)
-
-
-def _complete(server: EngineServer, text: str, counted: bool) -> tuple[str, dict[str, int]]:
-    if server.engine == "sglang" and counted:  # its metrics are not on by default; each answer carries the counts
-        parameters = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        answer = server.post("/generate", {"text": text, "sampling_params": parameters})
-        meta = answer["meta_info"]
-        names = {"drafts": "verify_ct", "drafted": "num_proposed_drafts", "accepted": "num_correct_drafts"}
-        counts = {name: int(meta.get(f"spec_{key}", 0)) for name, key in names.items()}
-        return str(answer["text"]), counts
-    body = {"model": server.model, "prompt": text, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    return str(server.post("/v1/completions", body)["choices"][0]["text"]), {}
-
-
-def _vllm_counts(server: EngineServer) -> dict[str, int]:
-    from fourfold.common.mtp.probe import read_metrics
-
-    names = {"drafts": "drafts", "drafted": "draft_tokens", "accepted": "accepted_tokens"}
-    samples = read_metrics(server.url)
-    return {
-        short: int(sum(v for (metric, _), v in samples.items() if metric == f"vllm:spec_decode_num_{name}_total"))
-        for short, name in names.items()
-    }
-
-
 def _checks(answers: Answers, without: Answers | None, speculates: bool) -> list[Rehearsed]:
     expected = [continuation(text, TOKENS) for text in prompts(PROMPTS)]
     checks = [
@@ -254,6 +206,21 @@ def _checks(answers: Answers, without: Answers | None, speculates: bool) -> list
     return checks
 
 
+def _probabilities(replica: Replica, answers: Answers, without: Answers | None) -> Rehearsed:
+    """Whether attention and experts compute what they should, with drafts and without."""
+    given = prompts(PROMPTS)
+    expected = reference(replica.model, given, [continuation(text, TOKENS) for text in given])
+    found = [furthest(one.steps, expected) for one in (answers, without) if one is not None]
+    detail = f"the {LIKELIEST} likeliest tokens of every step within {found[0]:.2g} nats of transformers'"
+    if without is not None:
+        detail += f", without drafts {found[1]:.2g}"
+    return Rehearsed("probabilities", found[0] < WITHIN, f"{detail} (expected {WITHIN:g})")
+
+
+def _quantises(options: dict[str, Any]) -> bool:
+    return "fourfold" in str(options.get("quantization", ""))
+
+
 def _agree(what: str, found: Sequence[str], expected: Sequence[str]) -> str:
     other = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
     if not other:
@@ -264,9 +231,9 @@ def _agree(what: str, found: Sequence[str], expected: Sequence[str]) -> str:
     return f"{len(other)} of {len(found)} are not {what}; answer {first} from token {at}"
 
 
-def _fourfold(plan: EngineRecipe, options: dict[str, Any], log: Path) -> list[Rehearsed]:
+def _fourfold(options: dict[str, Any], log: Path) -> list[Rehearsed]:
     """What fourfold says of itself, where the recipe turns it on."""
-    if "fourfold" not in str(options.get("quantization", "")):
+    if not _quantises(options):
         return []
     lines = [line for line in log.read_text(errors="replace").splitlines() if "fourfold: nvfp4" in line]
     detail = lines[0][lines[0].index("fourfold:") :][:160] if lines else "no line 'fourfold: nvfp4' in the log"
@@ -298,6 +265,8 @@ def _not_rehearsed(recipe: Recipe, plan: EngineRecipe, replica: Replica) -> list
         )
     if plan.router is not None and plan.router.kind != "none":
         out.append(f"the router ({plan.router.kind})")
+    if _quantises({**plan.args, **plan.roles[_role(plan)].args}):
+        out.append("probabilities against transformers', which does not quantise")
     if replica.draft is not None and replica.traits.family != "llama":
         out.append("the engine's own class for the model's MTP head: fourfold's drafted")
     return [*out, *NEVER]

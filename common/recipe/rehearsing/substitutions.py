@@ -46,11 +46,11 @@ SMALL: dict[str, dict[str, int]] = {  # the most that a rehearsal gives
     "sglang": {"context-length": 512, "max-running-requests": 8, "chunked-prefill-size": 2048},
 }
 ALWAYS: dict[str, dict[str, Any]] = {
-    # In float32, since vLLM 0.32's attention in BF16 takes AMX instructions where the processor names them, and ended
-    # with an illegal instruction on such a machine.
+    # In float32, in which an engine's probabilities tell right from nearly right. vLLM 0.32's attention in BF16 takes
+    # AMX instructions where the processor names them, and ended with an illegal instruction on such a machine.
     "vllm": {"dtype": "float32", "enforce-eager": True, "max-model-len": 512, "max-num-seqs": 8},
     "sglang": {
-        "dtype": "bfloat16",
+        "dtype": "float32",
         "device": "cpu",
         "disable-overlap-schedule": True,
         "attention-backend": "torch_native",
@@ -59,6 +59,8 @@ ALWAYS: dict[str, dict[str, Any]] = {
         "max-total-tokens": 4096,
     },
 }
+# MLA that takes float32: where the processor has AMX, vLLM takes one for BF16 unless asked.
+OF_FAMILY: dict[tuple[str, str], dict[str, Any]] = {("vllm", "deepseek_v3"): {"attention-backend": "CPU_MLA"}}
 ENV_LEFT_OUT = (
     *("NCCL_", "UCX_", "MC_", "NVSHMEM_", "CUDA", "TORCH_SYMMMEM", "TILELANG_", "GLOO_", "MOONCAKE_", "HF_"),
     *("VLLM_USE_", "VLLM_SPARSE_", "VLLM_MAX_TOKENS_", "VLLM_NIXL_", "VLLM_DEEP", "VLLM_FLASHINFER", "VLLM_DSV4"),
@@ -84,9 +86,12 @@ class Substitution:
 
 
 def substituted(
-    recipe: Recipe, engine: str, plan: EngineRecipe, role: str
+    recipe: Recipe, engine: str, plan: EngineRecipe, role: str, family: str
 ) -> tuple[dict[str, Any], dict[str, str], list[Substitution]]:
     """Options and variables of one role on a processor, in one rank, and what was changed for it.
+
+    Args:
+        family: of the replica.
 
     Speculation is left to the caller: it needs the replica's head.
     """
@@ -107,6 +112,10 @@ def substituted(
         if options.setdefault(name, value) != value and name not in SMALL[engine] and name not in own:
             changes.append(Substitution(name, options[name], value, "runs on a processor"))
             options[name] = value
+    for name, value in OF_FAMILY.get((engine, family), {}).items():
+        if name not in options:
+            options[name] = value
+            changes.append(Substitution(name, None, value, "attention of the replica in float32"))
     env: dict[str, str] = {}
     for name, value in {**plan.env, **given.env}.items():
         if name.startswith(ENV_LEFT_OUT):

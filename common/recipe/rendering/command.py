@@ -12,6 +12,7 @@ import typer
 from fourfold.common.errors import FourfoldError
 
 if TYPE_CHECKING:
+    from fourfold.common.recipe.loading import Catalogue
     from fourfold.common.recipe.rendering.layout import Layout, Rendered
 
 TARGETS = ("bash", "docker", "slurm", "srtctl", "lws", "dynamo", "llm-d")
@@ -48,19 +49,14 @@ def render(
         typer.echo(f"note: {note}", err=True)
 
 
-def rendered(known: object, recipe: str | Path, engine: str, target: str, model: str | None = None) -> Rendered:
+def rendered(known: Catalogue, recipe: str | Path, engine: str, target: str, model: str | None = None) -> Rendered:
     """The files of a target.
-
-    Args:
-        known: a `Catalogue`.
 
     Raises:
         FourfoldError: no such recipe, engine or target, or the target cannot say what the recipe does.
     """
-    from fourfold.common.recipe.loading import Catalogue
     from fourfold.common.recipe.rendering.layout import Rendered, draft_notes, layout
 
-    assert isinstance(known, Catalogue)
     if target not in TARGETS:
         raise FourfoldError(f"--target {target}: expected {', '.join(TARGETS)}")
     found = known.recipe(recipe)

@@ -76,11 +76,12 @@ def _service(of: Layout, role: str, image: str) -> dict[str, Any]:
     if start.nodes > 1:
         out["multinode"] = {"nodeCount": start.nodes}
     out["extraPodMetadata"] = {"labels": k8s.labels(of, role)}
+    resources: dict[str, Any] = {"limits": {"gpu": str(start.gpus)}}
     if of.gpu:
-        out["resources"] = {"limits": {"gpu": str(start.gpus)}}
+        out["resources"] = resources
         extra["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     if k8s.domain(of):
-        out["resources"]["claims"] = [{"name": k8s.CHANNEL}]
+        resources["claims"] = [{"name": k8s.CHANNEL}]
         extra["resourceClaims"] = [{"name": k8s.CHANNEL, "resourceClaimTemplateName": f"{of.name}-channel"}]
     out["sharedMemory"] = {"size": "64Gi"}
     out["extraPodSpec"] = extra
