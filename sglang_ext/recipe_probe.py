@@ -15,6 +15,7 @@ SHOWN = (
     "mem_fraction_static speculative_algorithm speculative_num_steps speculative_num_draft_tokens "
     "disable_overlap_schedule tp_size attn_dp_size ep_size"
 ).split()
+ALIASES = {"NEXTN": "EAGLE"}  # speculative_hook.py makes one of the other
 parser: Any = None
 simulation: Any = None
 simulated = False
@@ -79,6 +80,11 @@ def resolve(arguments: Any, case: dict[str, Any]) -> tuple[dict[str, Any], dict[
     }
     server_args.resolve_once()
     values = server_args.resolved_dict()
+    if wanted.get("chunked-prefill-size") and values.get("enable_dp_attention"):
+        wanted["chunked-prefill-size"] //= values["attn_dp_size"]  # asked for all data ranks, resolved for one
+    if "speculative-algorithm" in wanted:
+        algorithm = wanted["speculative-algorithm"]
+        wanted["speculative-algorithm"] = ALIASES.get(algorithm, algorithm)
     resolved = {name: values[dest] for name in wanted if (dest := _dest(name)) in values}
     return wanted, resolved, {name.replace("_", "-"): values.get(name) for name in SHOWN}
 

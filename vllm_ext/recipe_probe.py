@@ -18,6 +18,7 @@ PLACES = {
     "data_parallel_start_rank": ("parallel_config", "data_parallel_rank"),
     "attention_backend": ("attention_config", "backend"),
     "linear_backend": ("kernel_config", "linear_backend"),
+    "language_model_only": ("model_config", "multimodal_config", "language_model_only"),
 }
 PARTS = (
     "model_config cache_config parallel_config scheduler_config kernel_config compilation_config attention_config "
@@ -109,7 +110,7 @@ def resolve(arguments: Any, case: dict[str, Any]) -> tuple[dict[str, Any], dict[
         if action is None or value == "auto":
             continue
         place = _place(config, action.dest)
-        if place is not None:
+        if place is not None and _value(config, place[:-1]) is not None:
             requested[name] = value if isinstance(value, dict) else getattr(arguments, action.dest)
             resolved[name] = _value(config, place)
     return requested, resolved, {name: _value(config, place) for name, place in SHOWN.items()}

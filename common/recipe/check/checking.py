@@ -217,8 +217,9 @@ def _by_engine(
                 job.check.findings.append(Finding(3, "warning", where, text, target.label))
                 drafts = [name for name in options if name.startswith("speculative-")]
                 without = {name: value for name, value in case.options.items() if name not in drafts}
+                values = {name: value for name, value in options.items() if name not in drafts}
                 cases[-1] = (job, start, replace(case, resolve=False))
-                cases.append((job, start, replace(case, id=str(len(cases)), options=without)))
+                cases.append((job, start, replace(case, id=str(len(cases)), options=without, values=values)))
     names = sorted({name for _, start, _ in cases for name in start.env})
     answers = ask(target, [case for _, _, case in cases], {"names": names}, base, limit)
     if answers.fatal:
