@@ -5,7 +5,6 @@ Runs as a file in SGLang's interpreter.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def resolve(arguments: Any, case: dict[str, Any]) -> tuple[dict[str, Any], dict[
     if wanted.get("chunked-prefill-size") and values.get("enable_dp_attention"):
         wanted["chunked-prefill-size"] //= values["attn_dp_size"]  # asked for all data ranks, resolved for one
     if "speculative-algorithm" in wanted:
-        algorithm = wanted["speculative-algorithm"]
+        algorithm = str(wanted["speculative-algorithm"])
         wanted["speculative-algorithm"] = ALIASES.get(algorithm, algorithm)
     resolved = {name: values[dest] for name in wanted if (dest := _dest(name)) in values}
     return wanted, resolved, {name.replace("_", "-"): values.get(name) for name in SHOWN}
@@ -109,7 +108,7 @@ def facts(wanted: dict[str, Any]) -> dict[str, Any]:
     from probe import names_read, options_of
 
     if wanted.get("all") or missing:
-        read = names_read(Path(os.path.dirname(sglang.__file__)) / "srt") - known - set(deprecated)
+        read = names_read(Path(str(sglang.__file__)).parent / "srt") - known - set(deprecated)
         out["read"] = sorted(read if wanted.get("all") else read & missing)
     if wanted.get("all"):
         out["options"] = options_of(parser)

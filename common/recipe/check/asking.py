@@ -117,7 +117,7 @@ def _run(
     asked, answered, log = folder / "request.json", folder / "answers.jsonl", folder / "log.txt"
     asked.write_text(json.dumps(request))
     answered.touch()
-    env = _environment(target, folder, request["machine"] is not None) | base_env
+    env = _environment(target, folder, request["machine"] is not None) | dict(base_env)
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(target.python), str(PROBE), str(asked), str(answered)],

@@ -171,9 +171,7 @@ def _recipes(asked: Sequence[str], roots: Sequence[Path]) -> tuple[Catalogue, li
     for text in asked:
         if Path(text).is_dir():
             files = sorted({*Path(text).glob("*.yaml"), *Path(text).glob("*/*.yaml")})
-            files = [
-                f for f in files if f.resolve().parent.name not in FOLDERS and "schema: fourfold/recipe/" in _head(f)
-            ]
+            files = [f for f in files if f.resolve().parent.name not in FOLDERS and "fourfold/recipe/" in _head(f)]
             if not files:
                 raise FourfoldError(f"{text}: no recipes in this folder")
             names += [(str(file), True) for file in files]

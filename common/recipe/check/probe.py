@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,10 @@ def parsed(adapter: Any, model: str, options: list[list[Any]]) -> tuple[Any, lis
 
 def plain(value: Any) -> Any:
     """A value as JSON can say it: enums by name, dtypes by theirs, records as mappings."""
-    if value is None or isinstance(value, (bool, int, float, str)) and not hasattr(value, "name"):
-        return value
-    if hasattr(value, "name") and hasattr(value, "value"):
+    if isinstance(value, Enum):
         return value.name.lower()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
     if isinstance(value, dict):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

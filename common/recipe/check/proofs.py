@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ def record_rehearsal(recipe: Recipe, catalogue: Catalogue, engine: str, version:
     proof = current(recipe, catalogue, proofs, engine, version)
     if proof is None:
         raise FourfoldError(f"recipe {recipe.id}: not checked as it is now; first `fourfold recipe check --write`")
-    fields = asdict(proof) | {"rehearsed": datetime.date.today().isoformat()}
-    proofs[recipe.id][f"{engine} {version}"] = Proof(**fields)
+    today = datetime.date.today().isoformat()
+    proofs[recipe.id][f"{engine} {version}"] = replace(proof, rehearsed=today)
     save(path, proofs)
     return path

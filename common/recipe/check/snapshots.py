@@ -103,14 +103,16 @@ def _problem(fact: Mapping[str, Any], given: Sequence[str], value: Any) -> str |
         return "expected an argument"
     if takes in ("one", "optional") and len(given) > 1:
         return f"expected one value, got {len(given)}"
-    choices = fact.get("choices")
+    choices: Sequence[str] = fact.get("choices") or ()
     for item in given if choices else ():
         if item not in choices:
             return f"invalid choice: {item!r} (choose from {', '.join(choices)})"
     if isinstance(value, dict) and fact.get("keys"):
         return _unknown_key(value, fact["keys"])
     convert = {"int": int, "float": float, "json": json.loads}.get(fact.get("kind", ""))
-    for item in given if convert and not choices else ():
+    for item in given:
+        if convert is None or choices:
+            break
         try:
             convert(item)
         except ValueError:

@@ -177,7 +177,8 @@ def _card(model: Model, name: str, repo: str | None) -> dict[str, Any]:
     bytes_: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for part in parts:
         if part.part not in ("norms", "residual", "state_weights"):
-            bytes_[CARD_PARTS.get(part.part, part.part)][part.format] += part.bytes
+            kind = CARD_PARTS.get(part.part, part.part)
+            bytes_[kind][part.format] += part.bytes
     card = {
         "schema": "fourfold/model/1",
         "id": name,
