@@ -30,7 +30,7 @@ WORKLOADS = {
     "chat": Demand(2048, 512, 32768, 16, 256, 8192, throughput=False),
     "agentic": Demand(32768, 1024, 262144, 4, 64, 8192, throughput=False),
 }
-CARD_PARTS = {"MTP": "mtp", "DSpark draft": "draft", "vision encoder": "vision"}
+CARD_PARTS: dict[str, str] = {"MTP": "mtp", "DSpark draft": "draft", "vision encoder": "vision"}
 SLOW = 100e9  # bytes of a checkpoint whose first start takes longer than vLLM waits, ten minutes
 LARGEST = 1 << 33  # of any size in a config; more is a mistake
 COUNTS = {"num_hidden_layers": 4096, "n_layer": 4096} | dict.fromkeys(

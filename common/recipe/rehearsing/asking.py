@@ -22,6 +22,7 @@ class Answers:
         chat: the content of a chat answer; None: it was null.
         steps: for each text and each of its tokens, the log-probabilities of the likeliest tokens by their ids.
         drafts: verified drafts, ``drafted`` tokens in them and ``accepted`` ones; None: not counted.
+        sources: verified drafts of fourfold by where they come from: ``suffix`` (the text) or ``mtp``.
     """
 
     texts: list[str]
@@ -30,6 +31,7 @@ class Answers:
     drafts: int | None = None
     drafted: int | None = None
     accepted: int | None = None
+    sources: dict[str, int] = field(default_factory=dict)
 
 
 def ask(server: EngineServer, speculates: bool) -> Answers:
@@ -43,10 +45,11 @@ def ask(server: EngineServer, speculates: bool) -> Answers:
         counts = {name: value - before[name] for name, value in _vllm_counts(server).items()}
     elif speculates:
         counts = {name: sum(one[name] for _, _, one in found) for name in ("drafts", "drafted", "accepted")}
+    sources = _sources(server) if speculates else {}
     messages = [{"role": "user", "content": prompts(1)[0]}]
     body = {"model": server.model, "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     chat = server.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
-    return Answers([text for text, _, _ in found], chat, [steps for _, steps, _ in found], **counts)
+    return Answers([text for text, _, _ in found], chat, [steps for _, steps, _ in found], **counts, sources=sources)
 
 
 Answer = tuple[str, list[dict[int, float]], dict[str, int]]  # text, log-probabilities, counts
@@ -72,6 +75,14 @@ def _sglang(server: EngineServer, text: str) -> Answer:
     counts = {name: int(meta.get(f"spec_{key}", 0)) for name, key in names.items()}
     steps = [{int(token): value for value, token, _ in top} for top in meta["output_top_logprobs"]]
     return str(answer["text"]), steps, counts
+
+
+def _sources(server: EngineServer) -> dict[str, int]:
+    from fourfold.common.mtp.probe import read_metrics
+
+    samples = read_metrics(server.url, needed=False)
+    counted = {labels: value for (name, labels), value in samples.items() if name == "fourfold:spec_drafts_total"}
+    return {dict(labels)["source"]: int(value) for labels, value in counted.items()}
 
 
 def _vllm_counts(server: EngineServer) -> dict[str, int]:

@@ -26,6 +26,7 @@ from fourfold.common.recipe.rehearsing.substitutions import Substitution, substi
 from fourfold.common.recipe.rehearsing.traits import read_traits
 from fourfold.common.recipe.schema import EngineRecipe, Recipe, RoleName
 from fourfold.common.serving import EngineServer, installed_engine
+from fourfold.common.settings import ALGORITHM
 
 NEVER = (
     "the kernels that a GPU runs: attention, experts, quantised products, graphs, compilation",
@@ -141,6 +142,8 @@ def rehearse(
             tick("comparing with transformers")
             checks.append(_probabilities(replica, answers, plain_answers))
     checks += _fourfold(used, log)
+    if _reads_drafts(plan, used):
+        checks.append(_text(answers))
     return Result(
         recipe.id,
         engine,
@@ -219,6 +222,18 @@ def _probabilities(replica: Replica, answers: Answers, without: Answers | None) 
 
 def _quantises(options: dict[str, Any]) -> bool:
     return "fourfold" in str(options.get("quantization", ""))
+
+
+def _reads_drafts(plan: EngineRecipe, options: dict[str, Any]) -> bool:
+    """Whether fourfold drafts from the text too."""
+    algorithm = str(options.get("speculative-algorithm", "")).upper()
+    there = "HybridWorker" in str(options.get("worker-cls", "")) or algorithm == ALGORITHM
+    return there and (plan.fourfold is None or plan.fourfold.mtp.hybrid.enabled)
+
+
+def _text(answers: Answers) -> Rehearsed:
+    read, head = (answers.sources.get(source, 0) for source in ("suffix", "mtp"))
+    return Rehearsed("text", read > 0 and head > 0, f"{read} drafts from the text, {head} of the head")
 
 
 def _agree(what: str, found: Sequence[str], expected: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ INNER, EXPERT_INNER, EXPERTS, HEADS, HEAD_DIM = 256, 64, 8, 4, 64
 LAYERS = 3
 Q_RANK, KV_RANK, ROPE_DIM, NOPE_DIM, V_DIM = 64, 512, 64, 128, 128  # the sizes that vLLM's MLA kernel for CPUs takes
 LITTLE = 0.01  # what a layer adds to each element of the hidden state, whose one element is 1
+AGAIN = 64  # tokens before a text begins once more
 WRONG = frozenset(range(0, SIZE, 5))
 
 
@@ -56,12 +57,16 @@ def character(token: int) -> str:
 
 
 def prompts(count: int) -> list[str]:
-    """Texts of different lengths, each a part of the cycle."""
+    """Texts of different lengths, each a part of the cycle; every sixth begins once more: drafts can be read there."""
     following, out = cycle(), []
     for i in range(count):
         tokens = [(37 * i + 11) % SIZE]
         for _ in range(3 + 5 * i % 17):
             tokens.append(following[tokens[-1]])
+        if i % 6 == 5:
+            for _ in range(AGAIN):
+                tokens.append(following[tokens[-1]])
+            tokens += tokens[:8]
         out.append("".join(map(character, tokens)))
     return out
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from fourfold.common.recipe.rehearsing.replica import Replica
-from fourfold.common.recipe.rehearsing.substitutions import Substitution
+from fourfold.common.recipe.rehearsing.substitutions import OF_FAMILY, Substitution
 
 MOST = 8  # drafted tokens
 TEXT = ("ngram", "suffix", "ngram_gpu")  # drafts from the request's own text, which need no head
@@ -51,6 +51,9 @@ def _vllm(options: dict[str, Any], replica: Replica) -> tuple[dict[str, Any], li
         used["model"] = str(replica.draft)
     if "num_speculative_tokens_per_batch_size" in given:
         used["num_speculative_tokens_per_batch_size"] = given["num_speculative_tokens_per_batch_size"]
+    backend = OF_FAMILY.get(("vllm", replica.traits.family), {}).get("attention-backend")
+    if backend is not None:
+        used["attention_backend"] = backend
     if given.get("use_local_argmax_reduction") and replica.draft is not None:
         used["use_local_argmax_reduction"] = True
     options["speculative-config"] = used

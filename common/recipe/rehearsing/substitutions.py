@@ -57,6 +57,7 @@ ALWAYS: dict[str, dict[str, Any]] = {
         "context-length": 512,
         "max-running-requests": 8,
         "max-total-tokens": 4096,
+        "enable-metrics": True,
     },
 }
 # MLA that takes float32: where the processor has AMX, vLLM takes one for BF16 unless asked.
