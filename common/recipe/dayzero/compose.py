@@ -177,7 +177,7 @@ def _card(model: Model, name: str, repo: str | None) -> dict[str, Any]:
     bytes_: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for part in parts:
         if part.part not in ("norms", "residual", "state_weights"):
-            kind = CARD_PARTS.get(part.part, part.part)
+            kind = CARD_PARTS[part.part] if part.part in CARD_PARTS else part.part
             bytes_[kind][part.format] += part.bytes
     card = {
         "schema": "fourfold/model/1",
