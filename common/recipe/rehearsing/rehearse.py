@@ -1,8 +1,9 @@
 """Rehearse a recipe: its flags on the real engine on a processor, with a small random model in the published layout.
 
 One rank of one server stands for the deployment; of prefill and decode the decode role's options run, aggregated. The
-answers have to be the ones that the replica is known to give, those with drafts equal to those without, and the
-engine's own counters have to show that it drafted. What was not rehearsed is part of the result.
+answers have to be the ones that the replica is known to give, those with drafts equal to those without, the
+probabilities of other tokens transformers', and the engine's own counters have to show that it drafted. What was not
+rehearsed is part of the result.
 """
 
 from __future__ import annotations
