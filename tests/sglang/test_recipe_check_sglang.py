@@ -38,7 +38,21 @@ WRONG = {
         1, 2, ".env.SGLANG_ENABLE_SPEC_V2", "knows no SGLANG_ENABLE_SPEC_V2", env={"SGLANG_ENABLE_SPEC_V2": 1}
     ),
     "token-budget": Wrong(2, 3, "roles.aggregated", BUDGET, args=MEGA, env={BUDGET: 64}),
-    "no-draft": Wrong(2, 3, "roles.aggregated", "dspark", args={"speculative-algorithm": "DSPARK"}),
+    "no-head": Wrong(
+        2,
+        3,
+        "roles.aggregated",
+        "DSpark with dp attention requires --enable-dp-lm-head",
+        args={"speculative-algorithm": "DSPARK"},
+    ),
+    "no-draft": Wrong(
+        2,
+        3,
+        "roles.aggregated",
+        "requires setting --speculative-draft-model-path",
+        parallel={"tensor": 4},
+        args={"speculative-algorithm": "DSPARK"},
+    ),
     "page-size": Wrong(
         4, 3, ".args.page-size", "asked for 64, the engine resolves 256", "warning", args={"page-size": 64}
     ),
