@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +10,7 @@ import typer
 from fourfold.common.recipe.check.command import check, matrix, snapshot
 from fourfold.common.recipe.dayzero.command import new
 from fourfold.common.recipe.importing.command import import_
+from fourfold.common.recipe.options import Json, Roots
 from fourfold.common.recipe.planning.command import plan
 from fourfold.common.recipe.rehearsing.command import rehearse
 from fourfold.common.recipe.rendering.command import render
@@ -19,12 +19,6 @@ from fourfold.common.recipe.show import show
 from fourfold.common.recipe.sizing.command import fit
 
 recipe_app = typer.Typer(no_args_is_help=True, help="Day-zero configurations: check, fit, plan, render, rehearse, run.")
-
-Roots = Annotated[
-    list[Path] | None,
-    typer.Option("--catalogue", help="Folder with recipes and sheets of your own; repeatable. It goes before ours."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @recipe_app.command("list")

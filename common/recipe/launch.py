@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
+
 from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.schema import EngineRecipe, HardwareSheet, ModelCard, Parallel, Recipe, Role
 
@@ -135,6 +137,25 @@ def node_count(parallel: Parallel, sheet: HardwareSheet) -> int:
     return -(-parallel.world // sheet.gpus_per_node)
 
 
+def is_for(recipe: Recipe, engine: str, version: str) -> bool:
+    """Whether the recipe is for this version of this engine."""
+    return any(
+        name == engine and SpecifierSet(plan.versions, prereleases=True).contains(version)
+        for name, plan in recipe.engines.items()
+    )
+
+
+def give_settings(engine: str, plan: EngineRecipe, options: dict[str, Any], env: dict[str, str]) -> None:
+    """Add fourfold's settings where the engine's channel for them is; nothing for the stock engine."""
+    if plan.fourfold is None:
+        return
+    settings = plan.fourfold.model_dump(exclude_unset=True)
+    if engine == "vllm":
+        options["additional-config"] = {"fourfold": settings}
+    else:
+        env["FOURFOLD_CONFIG"] = json.dumps(settings)
+
+
 def _start(
     engine: str,
     plan: EngineRecipe,
@@ -147,35 +168,28 @@ def _start(
     node: int,
     nodes: int,
 ) -> Start:
-    derive = _vllm if engine == "vllm" else _sglang
-    options = derive(role.parallel, place, node, nodes, -(-role.parallel.world // nodes))
+    gpus = -(-role.parallel.world // nodes)
+    options = (_vllm if engine == "vllm" else _sglang)(role.parallel, place, node, nodes, gpus)
     if engine == "sglang" and name != "aggregated":
         options["disaggregation-mode"] = name
     env = {key: str(value) for key, value in {**plan.env, **role.env}.items()}
-    if plan.fourfold is not None:
-        settings = plan.fourfold.model_dump(exclude_unset=True)
-        if engine == "vllm":
-            options["additional-config"] = {"fourfold": settings}
-        else:
-            env["FOURFOLD_CONFIG"] = json.dumps(settings)
+    give_settings(engine, plan, options, env)
     serves = node == 0
     if serves or engine == "sglang":
         options |= {"host": place.host, "port": place.port}
     options |= {**plan.args, **role.args}
-    gpus = -(-role.parallel.world // nodes)
     return Start(engine, name, replica, node, nodes, gpus, model, options, env, serves, place.port)
 
 
 def _vllm(parallel: Parallel, place: Place, node: int, nodes: int, gpus: int) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if parallel.tensor > 1:
-        options["tensor-parallel-size"] = parallel.tensor
-    if parallel.pipeline > 1:
-        options["pipeline-parallel-size"] = parallel.pipeline
-    if parallel.context > 1:
-        options["decode-context-parallel-size"] = parallel.context
-    if parallel.data > 1:
-        options["data-parallel-size"] = parallel.data
+    options = _above_one(
+        {
+            "tensor-parallel-size": parallel.tensor,
+            "pipeline-parallel-size": parallel.pipeline,
+            "decode-context-parallel-size": parallel.context,
+            "data-parallel-size": parallel.data,
+        }
+    )
     if parallel.expert > 1:
         options["enable-expert-parallel"] = True
     if nodes == 1:
@@ -199,18 +213,19 @@ def _vllm(parallel: Parallel, place: Place, node: int, nodes: int, gpus: int) ->
 
 
 def _sglang(parallel: Parallel, place: Place, node: int, nodes: int, gpus: int) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    shared = parallel.tensor * parallel.data  # SGLang counts the data-parallel ranks of attention in tp-size
-    if shared > 1:
-        options["tp-size"] = shared
-    if parallel.pipeline > 1:
-        options["pp-size"] = parallel.pipeline
-    if parallel.data > 1:
-        options["attn-dp-size"] = parallel.data
-    if parallel.expert > 1:
-        options["ep-size"] = parallel.expert
-    if parallel.context > 1:
-        options["dcp-size"] = parallel.context
+    options = _above_one(
+        {
+            "tp-size": parallel.tensor * parallel.data,  # SGLang counts attention's data-parallel ranks in it
+            "pp-size": parallel.pipeline,
+            "attn-dp-size": parallel.data,
+            "ep-size": parallel.expert,
+            "dcp-size": parallel.context,
+        }
+    )
     if nodes > 1:
         options |= {"nnodes": nodes, "node-rank": node, "dist-init-addr": f"{place.head}:{DISTRIBUTED_PORT}"}
     return options
+
+
+def _above_one(sizes: dict[str, int]) -> dict[str, Any]:
+    return {name: size for name, size in sizes.items() if size > 1}

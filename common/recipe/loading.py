@@ -22,7 +22,7 @@ from fourfold.common.recipe.plain_yaml import read_bytes, read_yaml
 from fourfold.common.recipe.schema import NAME, RECIPE_ID, HardwareSheet, ModelCard, PriceSheet, Recipe
 from fourfold.common.strict import Strict, problems
 
-__all__ = ["Catalogue", "merged", "parse", "read_yaml"]
+__all__ = ["Catalogue", "merged", "parse", "read_config", "read_yaml"]
 LARGEST_CONFIG = 8 << 20  # bytes; those of models with a format for each layer are long
 
 LONGEST_CHAIN = 8
@@ -46,6 +46,21 @@ def merged(base: dict[str, Any], over: dict[str, Any], nulls: bool = False) -> d
         else:
             out[key] = value
     return out
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model's ``config.json``.
+
+    Raises:
+        FourfoldError: not readable, too large, or not a JSON object.
+    """
+    try:
+        data = json.loads(read_bytes(path, LARGEST_CONFIG))
+    except (ValueError, RecursionError) as error:
+        raise FourfoldError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise FourfoldError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
 
 
 def parse(kind: type[T], data: Any, source: Path | str) -> T:
@@ -126,14 +141,7 @@ class Catalogue:
         Raises:
             FourfoldError: no such card, or the file beside it is not a JSON object.
         """
-        path = self.model_path(name).with_name(self.model(name, source).config)
-        try:
-            data = json.loads(read_bytes(path, LARGEST_CONFIG))
-        except (ValueError, RecursionError) as error:
-            raise FourfoldError(f"{path}: not JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise FourfoldError(f"{path}: expected a JSON object, got {type(data).__name__}")
-        return data
+        return read_config(self.model_path(name).with_name(self.model(name, source).config))
 
     def model_path(self, name: str) -> Path:
         """The file of a model card; its config.json is beside it."""

@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.serving import EngineServer, free_port, installed_engine
+from fourfold.common.recipe.installed import installed_version
+from fourfold.common.recipe.options import Roots
+from fourfold.common.serving import EngineServer, free_port
 
 if TYPE_CHECKING:
     from fourfold.common.recipe.rendering.layout import Layout, Process
@@ -111,7 +113,7 @@ def deployment(of: Layout, logs: Path, port: int = 0) -> Deployment:
     from fourfold.common.recipe.rendering.layout import BOOT_SECONDS, router_command, router_kind
 
     check_machine(of)
-    check_engine(of)
+    installed_version(of.recipe, of.engine)
     endpoint = free_port(port or 8000)
     if port and endpoint != port:
         raise FourfoldError(f"--port {port}: in use; take another one, or leave it out")
@@ -197,22 +199,6 @@ def gpus_here() -> list[str]:
     return re.findall(r"^\s*(\d+\.\d+)\s*$", done.stdout, re.MULTILINE) if done.returncode == 0 else []
 
 
-def check_engine(of: Layout) -> str:
-    """The installed engine's version.
-
-    Raises:
-        FourfoldError: this environment holds another engine, or a version outside the recipe's range.
-    """
-    from packaging.specifiers import SpecifierSet
-
-    name, version = installed_engine()
-    if name != of.engine:
-        raise FourfoldError(f"--engine {of.engine}: this environment has {name} {version}; run it in {of.engine}'s")
-    if not SpecifierSet(of.plan.versions).contains(version, prereleases=True):
-        raise FourfoldError(f"recipe {of.recipe.id}: is for {name} {of.plan.versions}; this environment has {version}")
-    return version
-
-
 def weights(card: ModelCard, given: str | None) -> str:
     """Path or repository to serve: what was given, the demonstration's own model, or the card's repository.
 
@@ -276,9 +262,7 @@ def run(
     model: Annotated[str | None, typer.Option(help="Directory of the weights. Default: the recipe's.")] = None,
     port: Annotated[int, typer.Option(help="Port of the endpoint. Default: 8000, or a free one.")] = 0,
     logs: Annotated[Path | None, typer.Option(help="Folder for the processes' logs. Default: a new one.")] = None,
-    catalogue: Annotated[
-        list[Path] | None, typer.Option("--catalogue", help="Folder with recipes and sheets of your own; repeatable.")
-    ] = None,
+    catalogue: Roots = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print where it answers as one line of JSON.")] = False,
 ) -> None:
     """Start a recipe on this machine, say where it answers, and serve until Ctrl-C."""
@@ -292,7 +276,7 @@ def run(
     card, sheet = known.model(found.model), known.hardware(found.hardware)
     of = layout(found, engine, card, sheet, "unresolved")
     check_machine(of)  # before any weights are looked for
-    check_engine(of)
+    installed_version(of.recipe, of.engine)
     of = replace(of, model=weights(card, model))
     folder = logs or Path(tempfile.mkdtemp(prefix="fourfold-run-"))
     made = deployment(of, folder, port)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fourfold.common.recipe.options import Json, Roots
+
 if TYPE_CHECKING:
     from fourfold.common.recipe.launch import Start
     from fourfold.common.recipe.loading import Catalogue
@@ -22,21 +24,17 @@ WIDTH = 110
 def show(
     recipe: Annotated[str, typer.Argument(help="Recipe id (see `fourfold recipe list`) or the path of its file.")],
     engine: Annotated[str | None, typer.Option(help="Only this engine: vllm or sglang.")] = None,
-    catalogue: Annotated[
-        list[str] | None, typer.Option("--catalogue", help="Folder with recipes and sheets of your own; repeatable.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    catalogue: Roots = None,
+    as_json: Json = False,
 ) -> None:
     """Show a recipe: model, machine, workload, the command line of each role, evidence, known issues and sources.
 
     Starts nothing. Exit status 2: the recipe is not valid, or not for that engine.
     """
-    from pathlib import Path
-
     from fourfold.common.recipe.launch import engine_of
     from fourfold.common.recipe.loading import Catalogue
 
-    known = Catalogue([Path(root) for root in catalogue or []])
+    known = Catalogue(catalogue)
     found = known.recipe(recipe)
     if engine is not None:
         engine_of(found, engine)
@@ -103,6 +101,8 @@ def lines(recipe: Recipe, known: Catalogue, shown: dict[str, list[Start]]) -> It
 
 
 def _facts(recipe: Recipe, card: ModelCard, sheet: HardwareSheet) -> Iterator[tuple[str, str]]:
+    from fourfold.common.recipe.sizing.fit import gb
+
     formats = ", ".join(f"{part} {dtype}" for part, dtype in card.formats.items())
     sizes = f"{card.total_parameters:g} B parameters, {card.active_parameters:g} B active"
     size = f", {card.published_bytes / 1e9:.1f} GB" if card.published_bytes else ""
@@ -110,7 +110,7 @@ def _facts(recipe: Recipe, card: ModelCard, sheet: HardwareSheet) -> Iterator[tu
     yield (
         "hardware",
         f"{sheet.id}: {sheet.gpu}, {sheet.gpus_per_node} a node, NVLink joins {sheet.nvlink_domain}, "
-        f"{sheet.memory_bytes / 1e9:.1f} GB ({sheet.memory_bytes / 2**30:.1f} GiB) each",
+        f"{gb(sheet.memory_bytes)} each",
     )
     work = recipe.workload
     many = f", {work.concurrency} at once" if work.concurrency else ""
@@ -143,7 +143,9 @@ def _speculation(recipe: Recipe) -> Iterator[str]:
 
 
 def _engine(recipe: Recipe, engine: str, starts: list[Start]) -> Iterator[str]:
-    plan = next(plan for name, plan in recipe.engines.items() if name == engine)
+    from fourfold.common.recipe.launch import engine_of
+
+    plan = engine_of(recipe, engine)
     gpus = sum(role.replicas * role.parallel.world for role in plan.roles.values())
     yield f"\n{engine} {plan.versions}: {gpus} GPU{'s' * (gpus > 1)} in all"
     router = f"{plan.router.kind} {json.dumps(plan.router.args) if plan.router.args else ''}" if plan.router else None

@@ -19,14 +19,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-
 from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.check import environment, snapshots
 from fourfold.common.recipe.check.asking import CASE_LIMIT, Answers, Case, ask
 from fourfold.common.recipe.check.result import Finding, Rename
 from fourfold.common.recipe.check.targets import Target, matches, unique, wanted
-from fourfold.common.recipe.launch import Start, engine_of, flags, starts
+from fourfold.common.recipe.launch import Start, engine_of, flags, is_for, starts
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.schema import HardwareSheet, ModelCard, Recipe
 
@@ -148,8 +146,7 @@ def check(
 def _jobs(recipe: Recipe, catalogue: Catalogue, targets: Sequence[Target]) -> Iterator[_Job]:
     card, sheet = catalogue.model(recipe.model), catalogue.hardware(recipe.hardware)
     for target in targets:
-        plan = next((plan for name, plan in recipe.engines.items() if name == target.engine), None)
-        if plan is None or not SpecifierSet(plan.versions, prereleases=True).contains(target.version):
+        if not is_for(recipe, target.engine, target.version):
             continue
         by = "snapshot" if target.python is None else "engine"
         check = Check(recipe.id, target.engine, target.version, by)

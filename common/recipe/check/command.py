@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fourfold.common.errors import FourfoldError
+from fourfold.common.recipe.options import Json, Roots
 
 if TYPE_CHECKING:
     from fourfold.common.recipe.check.checking import Check
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from fourfold.common.recipe.loading import Catalogue
     from fourfold.common.recipe.schema import Recipe
 
-Roots = Annotated[
-    list[Path] | None,
-    typer.Option("--catalogue", help="Folder with recipes and sheets of your own; repeatable. It goes before ours."),
-]
 Pythons = Annotated[
     list[str] | None,
     typer.Option(
@@ -56,7 +53,7 @@ def check(
     envs: Envs = None,
     timeout: Annotated[float, typer.Option(help="Seconds that an engine may take for one process of a recipe.")] = 120,
     catalogue: Roots = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check recipes with the engines themselves: parser, variables, configuration on a simulated machine, rules.
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from packaging.specifiers import SpecifierSet
-
 from fourfold.common.recipe.check import proofs, snapshots
 from fourfold.common.recipe.check.result import LEVELS
 from fourfold.common.recipe.check.targets import Target
+from fourfold.common.recipe.launch import is_for
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.schema import Recipe
 
@@ -65,8 +64,7 @@ def page(catalogue: Catalogue, root: Path, versions: Sequence[Target] | None = N
 
 
 def _cell(recipe: Recipe, catalogue: Catalogue, known: proofs.Proofs, target: Target) -> str:
-    plan = next((plan for name, plan in recipe.engines.items() if name == target.engine), None)
-    if plan is None or not SpecifierSet(plan.versions, prereleases=True).contains(target.version):
+    if not is_for(recipe, target.engine, target.version):
         return "–"
     proof = proofs.current(recipe, catalogue, known, target.engine, target.version)
     if proof is None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fourfold.common.recipe.options import Json, Roots
+
 
 def new(
     model: Annotated[Path, typer.Argument(help="Model directory, or its config.json; weights need not be there.")],
@@ -26,10 +28,8 @@ def new(
         int | None, typer.Option(min=1, help="Requests over the whole deployment. Default: what fits.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
-    catalogue: Annotated[
-        list[Path] | None, typer.Option("--catalogue", help="Folder with sheets of your own; repeatable.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    catalogue: Roots = None,
+    as_json: Json = False,
 ) -> None:
     """Write a first recipe for a model that nobody has seen, for both engines, with a list of what to confirm.
 

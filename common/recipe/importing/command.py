@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fourfold.common.console import wide_console
+from fourfold.common.recipe.options import Json, Roots
 
 if TYPE_CHECKING:
     from fourfold.common.recipe.importing.collection import Collection
@@ -28,11 +29,8 @@ def import_(
         list[str] | None, typer.Option(help="vllm-project only: an opt-in feature, such as spec_decoding; repeatable.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")] = False,
-    catalogue: Annotated[
-        list[Path] | None,
-        typer.Option("--catalogue", help="Folder with model cards and hardware sheets of your own; repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    catalogue: Roots = None,
+    as_json: Json = False,
 ) -> None:
     """Read another project's recipes into ours, give them today's names, and say what rotted.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fourfold.common.console import wide_console
+from fourfold.common.recipe.options import Roots
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,9 +42,7 @@ def plan(
         bool, typer.Option("--cross-check", help="Also predict each published figure from the others alone.")
     ] = False,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 16,
-    catalogue: Annotated[
-        list[Path] | None, typer.Option("--catalogue", help="Folder with cards and sheets of your own; repeatable.")
-    ] = None,
+    catalogue: Roots = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every point of the front.")] = False,
 ) -> None:
     """Rank layouts by tokens a second for each GPU against tokens a second for each user.

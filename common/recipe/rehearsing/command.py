@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fourfold.common.recipe.options import Roots
+
 if TYPE_CHECKING:
     from fourfold.common.recipe.rehearsing.rehearse import Result
 
@@ -17,9 +19,7 @@ def rehearse(
     engine: Annotated[str, typer.Option(help="vllm or sglang: the engine of this environment.")],
     write: Annotated[bool, typer.Option(help="Keep a passed rehearsal as proof (level 5).")] = False,
     logs: Annotated[Path | None, typer.Option(help="Folder for the servers' logs. Default: a new one.")] = None,
-    catalogue: Annotated[
-        list[Path] | None, typer.Option("--catalogue", help="Folder with recipes and sheets of your own; repeatable.")
-    ] = None,
+    catalogue: Roots = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Run a recipe's flags on the real engine on a processor, with a small random model; 1: a check failed.

@@ -9,7 +9,6 @@ rehearsed is part of the result.
 from __future__ import annotations
 
 import datetime
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.recipe.launch import engine_of, flags
+from fourfold.common.recipe.installed import installed_version
+from fourfold.common.recipe.launch import engine_of, flags, give_settings
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing import speculation
 from fourfold.common.recipe.rehearsing.asking import LIKELIEST, PROMPTS, TOKENS, Answers, ask
@@ -26,7 +26,7 @@ from fourfold.common.recipe.rehearsing.replica import Replica, continuation, pro
 from fourfold.common.recipe.rehearsing.substitutions import Substitution, substituted
 from fourfold.common.recipe.rehearsing.traits import read_traits
 from fourfold.common.recipe.schema import EngineRecipe, Recipe, RoleName
-from fourfold.common.serving import EngineServer, installed_engine
+from fourfold.common.serving import EngineServer
 from fourfold.common.settings import ALGORITHM
 
 NEVER = (
@@ -113,24 +113,18 @@ def rehearse(
     """
     recipe = known.recipe(wanted)
     plan = engine_of(recipe, engine)
-    version = _installed(recipe, plan, engine)
+    version = installed_version(recipe, engine)
     role = _role(plan)
     folder = logs or Path(tempfile.mkdtemp(prefix="fourfold-rehearsal-"))
     card = known.model(recipe.rehearsal.proxy if recipe.rehearsal and recipe.rehearsal.proxy else recipe.model)
-    config = json.loads(known.model_path(card.id).with_name(card.config).read_text())
-    traits = read_traits(config)
+    traits = read_traits(known.config(card.id))
     options, env, changes = substituted(recipe, engine, plan, role, traits.family)
     speculates = speculation.asked(engine, options) is not None
     with tempfile.TemporaryDirectory(prefix="fourfold-replica-") as scratch:
         tick("writing the replica")
         replica = write_replica(Path(scratch), traits, engine, speculation.needs_head(engine, options))
         used, more = speculation.with_replica(engine, options, replica)
-        if plan.fourfold is not None:
-            settings = plan.fourfold.model_dump(exclude_unset=True)
-            if engine == "vllm":
-                used["additional-config"] = {"fourfold": settings}
-            else:
-                env["FOURFOLD_CONFIG"] = json.dumps(settings)
+        give_settings(engine, plan, used, env)
         log = folder / f"{engine}.log"
         answers = _serve(engine, replica, used, env, log, speculates, tick)
         if speculates and without is None:
@@ -159,17 +153,6 @@ def rehearse(
 
 def _role(plan: EngineRecipe) -> RoleName:
     return "decode" if plan.disaggregated else "aggregated"
-
-
-def _installed(recipe: Recipe, plan: EngineRecipe, engine: str) -> str:
-    from packaging.specifiers import SpecifierSet
-
-    name, version = installed_engine()
-    if name != engine:
-        raise FourfoldError(f"--engine {engine}: this environment has {name} {version}; run it in {engine}'s")
-    if not SpecifierSet(plan.versions).contains(version, prereleases=True):
-        raise FourfoldError(f"recipe {recipe.id}: is for {name} {plan.versions}; this environment has {version}")
-    return version
 
 
 def _serve(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fourfold.common.errors import FourfoldError
+from fourfold.common.recipe.options import Roots
 
 if TYPE_CHECKING:
     from fourfold.common.recipe.loading import Catalogue
@@ -26,9 +27,7 @@ def render(
     model: Annotated[
         str | None, typer.Option(help="Path or repository of the weights. Default: the recipe's repository.")
     ] = None,
-    catalogue: Annotated[
-        list[Path] | None, typer.Option("--catalogue", help="Folder with recipes and sheets of your own; repeatable.")
-    ] = None,
+    catalogue: Roots = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print files and notes as JSON.")] = False,
 ) -> None:
     """Write the files that launch a recipe: ranks, addresses, environment, health probes, NVLink domains, router."""

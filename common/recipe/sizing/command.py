@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fourfold.common.console import wide_console
+from fourfold.common.recipe.options import Roots
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,9 +20,7 @@ def fit(
     recipe: Annotated[str, typer.Argument(help="Id of a recipe, or the path of its file.")],
     engine: Annotated[str | None, typer.Option(help="vllm or sglang; default: each that the recipe is for.")] = None,
     hardware: Annotated[str | None, typer.Option(help="Another hardware sheet than the recipe's.")] = None,
-    catalogue: Annotated[
-        list[Path] | None, typer.Option("--catalogue", help="Folder with recipes and sheets of your own; repeatable.")
-    ] = None,
+    catalogue: Roots = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; sizes are bytes.")] = False,
 ) -> None:
     """Say whether a recipe fits the memory of its GPUs: weights by part, reserves, KV cache, and what to change.
@@ -32,7 +30,7 @@ def fit(
     from fourfold.common.errors import FourfoldError
     from fourfold.common.recipe.launch import engine_of
     from fourfold.common.recipe.loading import Catalogue
-    from fourfold.common.recipe.sizing.fit import cases_of, with_advice
+    from fourfold.common.recipe.sizing.fit import cases_of, gb, with_advice
     from fourfold.common.recipe.sizing.traits import read_config, read_traits
 
     known = Catalogue(catalogue)
@@ -55,7 +53,7 @@ def fit(
         typer.echo(json.dumps({**facts, "roles": [as_facts(fit) for fit in results]}, indent=1))
     else:
         console = wide_console()
-        console.print(f"{found.id}: {card.repo} on {sheet.gpu}, {_both(sheet.memory_bytes)} each", highlight=False)
+        console.print(f"{found.id}: {card.repo} on {sheet.gpu}, {gb(sheet.memory_bytes)} each", highlight=False)
         for fit in results:
             _show(console, fit)
     if any(fit.verdict == "does not fit" for fit in results):
@@ -98,6 +96,8 @@ def as_facts(fit: Fit) -> dict[str, Any]:
 def _show(console: Console, fit: Fit) -> None:
     from rich.table import Table
 
+    from fourfold.common.recipe.sizing.fit import gb
+
     case, space = fit.case, fit.space
     table = Table(
         "part", "format", "on each rank", "GB", "GiB", title=f"{case.options.engine} {case.role}: {_layout(fit)}"
@@ -123,7 +123,7 @@ def _show(console: Console, fit: Fit) -> None:
         console.print(f"state of a sequence: {fixed}", highlight=False)
     if case.options.engine == "vllm" and case.cache.in_flight(case.options.in_flight, case.options.max_length):
         state = case.cache.in_flight(case.options.in_flight, case.options.max_length)
-        console.print(f"state of {case.options.in_flight} tokens in flight: {_both(state)}", highlight=False)
+        console.print(f"state of {case.options.in_flight} tokens in flight: {gb(state)}", highlight=False)
     console.print(
         f"holds {space.sequences} sequences of {case.length} tokens a rank ({space.tokens:,} tokens); "
         f"the workload wants {case.wanted}",
@@ -150,7 +150,3 @@ def _layout(fit: Fit) -> str:
 
 def _pair(size: float) -> tuple[str, str]:
     return f"{size / 1e9:.2f}", f"{size / 2**30:.2f}"
-
-
-def _both(size: float) -> str:
-    return f"{size / 1e9:.1f} GB ({size / 2**30:.1f} GiB)"

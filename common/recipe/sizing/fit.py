@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from fourfold.common.recipe.launch import engine_of
 from fourfold.common.recipe.schema import HardwareSheet, ModelCard, Parallel, Recipe, Workload
 from fourfold.common.recipe.sizing.cache import Cache, cache_of
 from fourfold.common.recipe.sizing.formats import format_named
@@ -128,7 +129,7 @@ def cases_of(
     Args:
         drafts: repository to card, for draft models that a recipe names.
     """
-    plan = next(plan for name, plan in recipe.engines.items() if name == engine)
+    plan = engine_of(recipe, engine)
     out = []
     for name, role in plan.roles.items():
         options = options_of(plan, name, engine, sheet, traits)

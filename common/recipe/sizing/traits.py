@@ -6,13 +6,13 @@ A layer has a mixer (``mla``, ``v4``, ``gqa``, ``gdn``, ``kda``, ``mamba2`` or n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fourfold.common.errors import FourfoldError
+from fourfold.common.recipe import loading
 
 MOST_LAYERS = 10_000
 
@@ -116,15 +116,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         FourfoldError: not readable or not a JSON object.
     """
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise FourfoldError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise FourfoldError(f"{path}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise FourfoldError(f"{path}: expected an object, got {type(data).__name__}")
-    return flat(data)
+    return flat(loading.read_config(path))
 
 
 def flat(data: Mapping[str, Any]) -> dict[str, Any]:
