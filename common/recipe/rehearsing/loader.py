@@ -1,0 +1,101 @@
+"""Load a checkpoint with an engine's own classes: ``python -m fourfold...rehearsing.loader REQUEST ANSWER``.
+
+Runs in the engine's interpreter. The engine's adapter (``recipe_load.py`` of ``vllm_ext`` or ``sglang_ext``) builds the
+models; their own ``load_weights`` reads the checkpoint under the eyes of `placement`. The answer is one JSON object:
+``models``, and ``unable``, why a class could not be built. Contract of both: `loading`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LAYER = re.compile(r"(?:.*\.)?(?:layers|stages)\.(\d+)|(?:.*\.)?(?:decoder)()")
+
+
+def main(request_path: str, answer_path: str) -> None:
+    """Answer a request."""
+    request = json.loads(Path(request_path).read_text())
+    models: list[dict[str, Any]] = []
+    answer: dict[str, Any] = {"models": models, "unable": None}
+    try:
+        from fourfold.common.recipe.rehearsing.placement import place
+
+        adapter = importlib.import_module(f"fourfold.{request['engine']}_ext.recipe_load")
+        tensors = _tensors(Path(request["model"]))
+        for role, model, shared in adapter.models(request):
+            parameters = dict(model.named_parameters())
+            placed = place(parameters, model.load_weights, tensors)
+            unfilled = {name: counts for name, counts in placed.unfilled.items() if not _among(name, shared)}
+            models.append(
+                {
+                    "role": role,
+                    "class": type(model).__name__,
+                    "module": type(model).__module__,
+                    "parameters": placed.parameters,
+                    "taken": sorted(placed.taken),
+                    "unfilled": unfilled,
+                    "shared": sorted(set(placed.unfilled) - set(unfilled)),
+                    "refused": placed.refused,
+                    "unfinished": placed.unfinished,
+                    "layers": layers(model),
+                }
+            )
+        answer["tensors"] = sorted(tensors)
+    except BaseException as error:  # engines end with SystemExit, too
+        traceback.print_exc()
+        answer["unable"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+    Path(answer_path).write_text(json.dumps(answer))
+
+
+def layers(model: nn.Module) -> list[dict[str, Any]]:
+    """Which classes serve each decoder layer, and how its weights are quantised; equal layers together."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        match = LAYER.fullmatch(name)
+        if match is None:
+            continue
+        parts = {
+            below: type(part).__name__
+            for below, part in module.named_modules()
+            if below and any(True for _ in part.children()) and not type(part).__module__.startswith("torch.")
+        }
+        methods = Counter(
+            type(part.quant_method).__name__
+            for part in module.modules()
+            if getattr(part, "quant_method", None) is not None and any(True for _ in part.parameters(recurse=False))
+        )
+        layer = {"class": type(module).__name__, "parts": parts, "methods": dict(sorted(methods.items()))}
+        found.setdefault(json.dumps(layer), layer | {"layers": []})["layers"].append(match[1] or "0")
+    return list(found.values())
+
+
+def _among(name: str, shared: tuple[str, ...]) -> bool:
+    return any(f".{part}." in f".{name}" for part in shared)
+
+
+def _tensors(model: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    out = {}
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            out |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    return out
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # engines leave threads behind

@@ -1,0 +1,212 @@
+"""Load a recipe's architecture with the engine's own classes, where a stand-in runs in the model's place.
+
+A small checkpoint in the published layout (`published`), the recipe's options that choose a class or a kernel of it, a
+machine of the recipe's hardware that is simulated, and the engine's own ``load_weights``: every tensor has to reach a
+parameter, and every element of every parameter has to get a value. Nothing is computed with them. The other side is
+`loader`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fourfold.common.recipe.launch import flags
+from fourfold.common.recipe.rehearsing.published import Published, write_published
+from fourfold.common.recipe.schema import HardwareSheet
+
+LIMIT = 300.0  # seconds
+SHOWN = 12  # names in a line
+# Options of a recipe that choose a class, or how a class holds its weights.
+KEPT: dict[str, frozenset[str]] = {
+    "vllm": frozenset(
+        "quantization kv-cache-dtype attention-config attention-backend linear-backend moe-backend block-size "
+        "enable-expert-parallel hf-overrides dtype language-model-only".split()
+    ),
+    "sglang": frozenset(
+        "quantization kv-cache-dtype attention-backend moe-runner-backend fp8-gemm-backend fp4-gemm-backend "
+        "page-size dtype enable-deepseek-v4-fp4-indexer".split()
+    ),
+}
+OWN: dict[str, dict[str, Any]] = {
+    "vllm": {
+        "skip-tokenizer-init": True,
+        "enforce-eager": True,
+        "max-model-len": 1024,
+        "max-num-seqs": 4,
+        "max-num-batched-tokens": 1024,
+    },
+    "sglang": {"skip-tokenizer-init": True, "context-length": 1024, "max-running-requests": 4},
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What loading showed.
+
+    Attributes:
+        classes: of the target and of its draft, as the engine names them.
+        source: of the checkpoint's names.
+        tensors: of the checkpoint; ``parameters``: of all classes.
+        missing: parameters of which elements got no value, with how many.
+        unused: tensors that no parameter took; ``refused``: those at which a loader raised, and what it raised.
+        shared: parameters of the draft that are the target's.
+        unfinished: what a loader raised after the last tensor, by its class.
+        layers: which classes serve which layers, and how their weights are quantised; ``of``: the model's numbers of
+            the checkpoint's layers.
+        unable: why a class could not be built; None: all were.
+        simulated: the machine; None: this one.
+        options: of the engine.
+    """
+
+    classes: list[str]
+    source: str
+    tensors: int
+    parameters: int
+    missing: dict[str, str]
+    unused: list[str]
+    refused: dict[str, str]
+    shared: list[str]
+    unfinished: dict[str, str]
+    layers: list[dict[str, Any]]
+    of: list[int]
+    unable: str | None
+    simulated: str | None
+    options: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing lacked and nothing was left over; also where a class could not be built."""
+        return not (self.missing or self.unused or self.refused)
+
+    @property
+    def detail(self) -> str:
+        """One clause."""
+        if self.unable:
+            return f"not on {' and '.join(self.classes) or 'the real classes'}: {self.unable}"
+        counted = f"{' and '.join(self.classes)}: {self.parameters} parameters, {self.tensors} tensors"
+        if self.ok:
+            return f"{counted}, all placed"
+        found = {
+            "no weight for": [f"{name} ({counts})" for name, counts in self.missing.items()],
+            "no parameter took": self.unused,
+            "refused": [f"{name} ({why})" for name, why in self.refused.items()],
+        }
+        return "; ".join([counted, *(f"{what} {_some(names)}" for what, names in found.items() if names)])
+
+    def lines(self) -> list[str]:
+        """Layer by layer, for people."""
+        out = []
+        for layer in self.layers:
+            numbers = ", ".join(layer["layers"])
+            parts = ", ".join(f"{name} {kind}" for name, kind in layer["parts"].items())
+            methods = ", ".join(f"{count} {name}" for name, count in layer["methods"].items())
+            out.append(f"{layer['model']} layer {numbers}: {layer['class']} ({parts}); {methods}")
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"ok": self.ok}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def load(
+    engine: str, config: Mapping[str, Any], given: Mapping[str, Any], sheet: HardwareSheet, folder: Path
+) -> Loaded:
+    """Load a small checkpoint of ``config``'s architecture with the classes of the engine of this environment.
+
+    Args:
+        given: options of the recipe's role.
+        sheet: the machine that the recipe is for.
+        folder: for the checkpoint and the engine's log; it exists.
+
+    Raises:
+        FourfoldError: the published layout of the architecture is not known.
+    """
+    return load_checkpoint(engine, write_published(folder / "published", config), given, sheet, folder)
+
+
+def load_checkpoint(
+    engine: str, checkpoint: Published, given: Mapping[str, Any], sheet: HardwareSheet, folder: Path
+) -> Loaded:
+    """The same with a checkpoint that was written before."""
+    options = OWN[engine] | {name: value for name, value in given.items() if name in KEPT[engine]}
+    options |= _drafting(engine, checkpoint, given)
+    machine = _machine(sheet)
+    request = {
+        "engine": engine,
+        "model": str(checkpoint.path),
+        "draft": checkpoint.draft,
+        "machine": machine,
+        "arguments": flags(engine, options),
+    }
+    asked, answered, log = folder / "load-request.json", folder / "load-answer.json", folder / f"{engine}-load.log"
+    asked.write_text(json.dumps(request))
+    command = [sys.executable, "-m", "fourfold.common.recipe.rehearsing.loader", str(asked), str(answered)]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"VLLM_CACHE_ROOT": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    with log.open("wb") as output:
+        try:
+            ended = subprocess.run(command, stdout=output, stderr=output, env=env, timeout=LIMIT, check=False)
+            state = f"ended with status {ended.returncode}"
+        except subprocess.TimeoutExpired:
+            state = f"no answer in {LIMIT:.0f} s"
+    if answered.is_file():
+        answer = json.loads(answered.read_text())
+    else:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] or [""]
+        answer = {"models": [], "unable": f"{state}: {last[0]}"}
+    return _read(answer, checkpoint, machine, request["arguments"])
+
+
+def _drafting(engine: str, checkpoint: Published, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by which the engine builds the class of the checkpoint's own draft."""
+    if checkpoint.draft is None or engine != "vllm":
+        return {}
+    asked = given.get("speculative-config") or {}
+    tokens = int(asked.get("num_speculative_tokens") or 1)
+    return {"speculative-config": {"method": checkpoint.draft, "num_speculative_tokens": tokens}}
+
+
+def _machine(sheet: HardwareSheet) -> dict[str, Any] | None:
+    if sheet.compute_capability is None:
+        return None
+    capability = [int(part) for part in sheet.compute_capability.split(".")]
+    return {"name": sheet.gpu, "capability": capability, "memory": sheet.memory_bytes, "count": sheet.gpus_per_node}
+
+
+def _read(answer: dict[str, Any], checkpoint: Published, machine: dict[str, Any] | None, options: list[str]) -> Loaded:
+    models = answer["models"]
+    taken = {name for model in models for name in model["taken"]}
+    refused = {name: why for model in models for name, why in model["refused"].items()}
+    whole = answer["unable"] is None
+    return Loaded(
+        classes=[model["class"] for model in models],
+        source=checkpoint.source,
+        tensors=checkpoint.tensors,
+        parameters=sum(model["parameters"] for model in models),
+        missing={
+            name: f"{lacking} of {elements} elements"
+            for model in models
+            for name, (lacking, elements) in model["unfilled"].items()
+        },
+        unused=sorted(set(answer["tensors"]) - taken - set(refused)) if whole else [],
+        refused=refused,
+        shared=[name for model in models for name in model["shared"]],
+        unfinished={model["class"]: model["unfinished"] for model in models if model["unfinished"]},
+        layers=[layer | {"model": model["class"]} for model in models for layer in model["layers"]],
+        of=list(checkpoint.layers),
+        unable=answer["unable"],
+        simulated=None if machine is None else str(machine["name"]),
+        options=options,
+    )

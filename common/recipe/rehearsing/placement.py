@@ -1,0 +1,158 @@
+"""Which parameters of a model a loader fills, element for element, and from which tensors of the checkpoint.
+
+Seen where every loader ends: in the operations that write to a parameter's memory. Tensors are followed through what a
+loader makes of them (slices, casts, concatenations). Nothing of the model or of its loader is replaced.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MOST_REFUSED = 24
+Load = Callable[[Iterable[tuple[str, Tensor]]], Any]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What a loader did.
+
+    Attributes:
+        parameters: how many the model has.
+        taken: tensor to the parameters that it reached.
+        unfilled: parameter to elements that nothing was written to, and elements in all.
+        refused: tensor at which the loader raised, to what it raised.
+        unfinished: what the loader raised after the last tensor; None: nothing.
+    """
+
+    parameters: int
+    taken: dict[str, list[str]]
+    unfilled: dict[str, tuple[int, int]]
+    refused: dict[str, str]
+    unfinished: str | None
+
+
+def place(parameters: Mapping[str, Tensor], load: Load, tensors: Mapping[str, Tensor]) -> Placed:
+    """Have ``load`` read ``tensors``; where it raises at one, once more without that one."""
+    refused: dict[str, str] = {}
+    while True:
+        watch = Watch(parameters)
+        given = {name: tensor for name, tensor in tensors.items() if name not in refused}
+        unfinished = None
+        try:
+            with watch:
+                load(watch.follow(given))
+        except Exception as error:  # a loader raises whatever it likes
+            message = f"{type(error).__name__}: {error}"
+            culprit = watch.culprit(error)
+            if culprit is not None and len(refused) < MOST_REFUSED:
+                refused[culprit] = message
+                continue
+            unfinished = message
+        return Placed(len(parameters), watch.taken(), watch.unfilled(), refused, unfinished)
+
+
+class Watch(TorchDispatchMode):
+    """Follows tensors of a checkpoint into parameters while it is the current mode of its thread."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.current: str | None = None
+        self.parameters = dict(parameters)
+        self.names: dict[int, list[str]] = defaultdict(list)  # of the parameters in a storage
+        self.bytes: dict[int, Tensor] = {}  # of a parameter's storage: whether written
+        for name, parameter in self.parameters.items():
+            storage = parameter.untyped_storage()
+            self.names[storage.data_ptr()].append(name)
+            self.bytes.setdefault(storage.data_ptr(), torch.zeros(storage.nbytes(), dtype=torch.bool))
+        self.sources: dict[int, set[str]] = {}  # storage to the tensors that are in it
+        self.kept: list[Tensor] = []  # so that no storage's address is used again
+        self.reached: dict[str, set[str]] = defaultdict(set)
+
+    def follow(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors as a loader is given them."""
+        for name, tensor in tensors.items():
+            self.current = name
+            self._taint(tensor, {name})
+            yield name, tensor
+        self.current = None  # what is raised from here on is about no tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        names = set().union(*(self.sources.get(_key(leaf), ()) for leaf in inputs))
+        out = func(*args, **kwargs)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+                self._write(value, names)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and names and _key(leaf) not in self.bytes:
+                self._taint(leaf, names)
+        return out
+
+    def culprit(self, error: BaseException) -> str | None:
+        """The tensor that a loader had in hand when it raised: the innermost frame's, else the last one given."""
+        frames = []
+        trace = error.__traceback__
+        while trace is not None:
+            frames.append(trace.tb_frame)
+            trace = trace.tb_next
+        for frame in reversed(frames):
+            for value in list(frame.f_locals.values()):
+                names = self.sources.get(_key(value), set()) if isinstance(value, Tensor) else set()
+                if len(names) == 1:
+                    return next(iter(names))
+        return self.current
+
+    def taken(self) -> dict[str, list[str]]:
+        """Tensor to parameters."""
+        return {name: sorted(found) for name, found in self.reached.items()}
+
+    def unfilled(self) -> dict[str, tuple[int, int]]:
+        """Parameter to elements without a value, and elements in all."""
+        out = {}
+        for name, parameter in self.parameters.items():
+            if parameter.numel() == 0 or parameter.is_meta:
+                continue
+            key = _key(parameter)
+            if key in self.bytes:
+                missing = int((~_region(self.bytes[key], parameter)).sum()) // parameter.element_size()
+            else:  # given another storage
+                missing = 0 if key in self.sources else parameter.numel()
+                for source in self.sources.get(key, ()):
+                    self.reached[source].add(name)
+            if missing:
+                out[name] = (missing, parameter.numel())
+        return out
+
+    def _write(self, target: Tensor, names: set[str]) -> None:
+        key = _key(target)
+        if key not in self.bytes:
+            if names:
+                self._taint(target, names)
+            return
+        _region(self.bytes[key], target).fill_(True)
+        for name in names:
+            self.reached[name].update(self.names[key])
+
+    def _taint(self, tensor: Tensor, names: set[str]) -> None:
+        self.sources[_key(tensor)] = self.sources.get(_key(tensor), set()) | names
+        self.kept.append(tensor)
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _region(marks: Tensor, tensor: Tensor) -> Tensor:
+    """The part of a storage's bytes that a tensor covers."""
+    size = tensor.element_size()
+    strides = [stride * size for stride in tensor.stride()]
+    return marks.as_strided((*tensor.shape, size), (*strides, 1), tensor.storage_offset() * size)
