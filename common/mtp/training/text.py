@@ -1,14 +1,16 @@
 """Text to train a head on: dialogues that the model writes itself, as a server of the installed engine.
 
 The model also writes the user's side: a chat model goes on after its own template's opening of a user turn (Magpie,
-arXiv 2406.08464). Requests are sampled, answers are greedy, because greedy answers are what a head is measured on. A
-model without a chat template goes on after its first token. Dialogues are appended to a file one a line, so that a
-run which was stopped goes on.
+arXiv 2406.08464), in two of three requests after one of `OPENINGS`: left alone, a small model asks few kinds of
+question. Requests are sampled, answers are greedy, because greedy answers are what a head is measured on. A model
+without a chat template goes on after its first token. Dialogues are appended to a file one a line, so that a run which
+was stopped goes on.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -22,6 +24,42 @@ REQUEST_TOKENS = 160
 PLAIN_TOKENS = 16
 ROUND = 6  # requests in a row for each dialogue in flight
 TEMPERATURE = 0.9  # of requests
+OPENED = 2 / 3  # share of them that go on from one of OPENINGS
+OPENINGS = tuple(  # how people begin requests
+    f"{verb} {rest}".strip()
+    for verb, rests in {
+        "What": "is|are|is the difference between|should I|does|would happen if|are the main|makes a good",
+        "How": "do I|does|can I|do you|is|many|should a beginner|would you",
+        "Why": "do|is|are|does|should",
+        "Explain": "|how|why|the|the difference between|in simple words what",
+        "Write": "a|a short|a polite email|a story about|a poem about|a Python function that|a letter|an advertisement",
+        "Give": "me|me three|me an example of|five tips for|an overview of",
+        "Describe": "|a|the|how",
+        "Tell": "me about|me how|me a short story about",
+        "Summarize": "the|this text:|the main points of",
+        "Can you": "help me|explain|write|recommend|tell me",
+        "I": "want to|need|have a|am trying to|would like",
+        "List": "|the|some|three",
+        "Translate": "the following sentence into|this into",
+        "Suggest": "a|some|a name for",
+        "Compare": "|the",
+        "Correct": "the following text:|this sentence:",
+        "Rewrite": "this paragraph:|the following code with",
+        "Create": "a|a plan for|a list of|a table of",
+        "Who": "is|was|invented",
+        "When": "did|should I|was",
+        "Where": "can I|is|do",
+        "Which": "|is better:|of these",
+        "Is": "it|there a|the",
+        "Plan": "a",
+        "Help": "me",
+        "Please": "",
+        "Convert": "",
+        "Solve": "",
+        "Hello": "",
+    }.items()
+    for rest in rests.split("|")
+)
 _MARK = "\ue000"  # a private character, to find a turn's place in the template
 
 
@@ -67,8 +105,9 @@ class Writer:
         if self.opening is None:
             start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.end
             return (start, *complete(server, [start], PLAIN_TOKENS, TEMPERATURE))
-        request = complete(server, self.opening, REQUEST_TOKENS, TEMPERATURE)
-        text = self.tokenizer.decode(request, skip_special_tokens=True).strip()
+        begun = random.choice(OPENINGS) if random.random() < OPENED else ""
+        request = complete(server, self.opening + self._encode(begun), REQUEST_TOKENS, TEMPERATURE)
+        text = (begun + self.tokenizer.decode(request, skip_special_tokens=True)).strip()
         return tuple(self.prompt(text)) if text and request[-1] == self.end else None
 
     def answer(self, server: EngineServer, prompt: tuple[int, ...]) -> Dialogue:
@@ -143,9 +182,14 @@ def generate(
                     f"{server.model} wrote no new request in {ROUND * concurrent}; give text with --text"
                 )
             prompts |= fresh
-            for future in as_completed([pool.submit(writer.answer, server, prompt) for prompt in fresh]):
-                dialogue = future.result()
-                out.write(json.dumps(asdict(dialogue)).encode() + b"\n")
-                out.flush()
-                answered, dialogues = answered + len(dialogue.answer), dialogues + 1
-                tick(answered, dialogues)
+            answers = [pool.submit(writer.answer, server, prompt) for prompt in fresh]
+            try:
+                for future in as_completed(answers):
+                    dialogue = future.result()
+                    out.write(json.dumps(asdict(dialogue)).encode() + b"\n")
+                    out.flush()
+                    answered, dialogues = answered + len(dialogue.answer), dialogues + 1
+                    tick(answered, dialogues)
+            except BaseException:  # whoever interrupts a run shall not wait for what was not begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
