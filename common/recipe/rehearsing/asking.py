@@ -34,18 +34,23 @@ class Answers:
     sources: dict[str, int] = field(default_factory=dict)
 
 
-def ask(server: EngineServer, speculates: bool) -> Answers:
-    """The answers of a running server to `prompts`, several at once, and what it counted meanwhile."""
-    before = _vllm_counts(server) if speculates and server.engine == "vllm" else {}
+def ask(server: EngineServer, speculates: bool, drafting: EngineServer | None = None) -> Answers:
+    """The answers of a running server to `prompts`, several at once, and what was counted meanwhile.
+
+    Args:
+        drafting: the server that counts drafts, where ``server`` is the router before it.
+    """
+    counting = drafting or server
+    before = _vllm_counts(counting) if speculates and server.engine == "vllm" else {}
     complete = _vllm if server.engine == "vllm" else _sglang
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = list(pool.map(lambda text: complete(server, text), prompts(PROMPTS)))
     counts: dict[str, int] = {}
     if speculates and server.engine == "vllm":
-        counts = {name: value - before[name] for name, value in _vllm_counts(server).items()}
+        counts = {name: value - before[name] for name, value in _vllm_counts(counting).items()}
     elif speculates:
         counts = {name: sum(one[name] for _, _, one in found) for name in ("drafts", "drafted", "accepted")}
-    sources = _sources(server) if speculates else {}
+    sources = _sources(counting) if speculates else {}
     messages = [{"role": "user", "content": prompts(1)[0]}]
     body = {"model": server.model, "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     chat = server.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]

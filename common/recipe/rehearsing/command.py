@@ -19,6 +19,7 @@ def rehearse(
     engine: Annotated[str, typer.Option(help="vllm or sglang: the engine of this environment.")],
     write: Annotated[bool, typer.Option(help="Keep a passed rehearsal as proof (level 5).")] = False,
     logs: Annotated[Path | None, typer.Option(help="Folder for the servers' logs. Default: a new one.")] = None,
+    together: Annotated[bool, typer.Option(help="Of prefill and decode only decode's flags, in one server.")] = False,
     catalogue: Roots = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -35,9 +36,10 @@ def rehearse(
 
     known = Catalogue(catalogue)
     with interruptible(), Console(stderr=True).status("starting") as status:
-        result = run(known, recipe, engine, logs, tick=status.update)
+        result = run(known, recipe, engine, logs, tick=status.update, together=together)
     if write and result.ok:
-        path = record_rehearsal(known.recipe(recipe), known, engine, result.version)
+        apart = None if result.apart is None else ", ".join(result.apart.values())
+        path = record_rehearsal(known.recipe(recipe), known, engine, result.version, apart)
         typer.echo(f"proof in {path}", err=True)
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=1, default=str))
@@ -52,6 +54,8 @@ def _print(result: Result) -> None:
     typer.echo(
         f"{result.recipe} on {result.engine} {result.version}: {replica['architecture']}, {kind}, on a processor"
     )
+    if result.apart is not None:
+        typer.echo(f"prefill and decode ran apart: {', '.join(result.apart.values())}")
     for check in result.checks:
         typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
     typer.echo("replaced:" if result.substitutions else "replaced: nothing")

@@ -1,9 +1,9 @@
 """Rehearse a recipe: its flags on the real engine on a processor, with a small random model in the published layout.
 
-One rank of one server stands for the deployment; of prefill and decode the decode role's options run, aggregated. The
-answers have to be the ones that the replica is known to give, those with drafts equal to those without, the
-probabilities of other tokens transformers', and the engine's own counters have to show that it drafted. What was not
-rehearsed is part of the result.
+One rank of one server stands for the deployment, or of prefill and decode one rank of each, with the KV cache moved
+between them and a router before them. The answers have to be the ones that the replica is known to give, those with
+drafts, or of servers apart, equal to those of one server without, the probabilities of other tokens transformers', and
+the engine's own counters have to show that it drafted and what it moved. What was not rehearsed is part of the result.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fourfold.common.recipe.installed import installed_version
 from fourfold.common.recipe.launch import engine_of, flags, give_settings
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing import speculation
+from fourfold.common.recipe.rehearsing.apart import NOT_APART, Moved, Pair, answers_apart, pair
 from fourfold.common.recipe.rehearsing.asking import LIKELIEST, PROMPTS, TOKENS, Answers, ask
 from fourfold.common.recipe.rehearsing.reference import WITHIN, furthest, reference
 from fourfold.common.recipe.rehearsing.replica import Replica, continuation, prompts, write_replica
@@ -54,7 +55,8 @@ class Result:
     Attributes:
         version: of the engine.
         replica: architecture, and the model that it stands for.
-        without: answers without speculation, for further rehearsals of the same replica.
+        apart: transport and router, where prefill and decode ran apart; None: one server ran.
+        without: answers of one server without speculation, for further rehearsals of the same replica.
     """
 
     recipe: str
@@ -64,6 +66,7 @@ class Result:
     checks: list[Rehearsed]
     substitutions: list[Substitution]
     not_rehearsed: list[str]
+    apart: dict[str, str] | None = None
     without: Answers | None = field(default=None, repr=False)
 
     @property
@@ -99,17 +102,20 @@ def rehearse(
     logs: Path | None = None,
     without: Answers | None = None,
     tick: Callable[[str], None] = lambda line: None,
+    together: bool = False,
 ) -> Result:
     """Rehearse a recipe with the engine of this environment.
 
     Args:
         logs: folder for the servers' logs; default: a new one.
-        without: answers of the same replica without speculation, from an earlier result; None: a server gives them.
+        without: answers of one server with the same replica and no speculation, from an earlier result; None: a server
+            gives them.
         tick: called with a line of progress.
+        together: of prefill and decode rehearse the decode role's options, in one server.
 
     Raises:
-        FourfoldError: no such recipe or engine, or the engine does not start with these options; the message has the
-            end of its log.
+        FourfoldError: no such recipe or engine, the engine does not start with these options (the message has the end
+            of its log), or what prefill and decode apart need is not installed.
     """
     recipe = known.recipe(wanted)
     plan = engine_of(recipe, engine)
@@ -120,19 +126,27 @@ def rehearse(
     traits = read_traits(known.config(card.id))
     options, env, changes = substituted(recipe, engine, plan, role, traits.family)
     speculates = speculation.asked(engine, options) is not None
+    both, counted = None, None
     with tempfile.TemporaryDirectory(prefix="fourfold-replica-") as scratch:
         tick("writing the replica")
         replica = write_replica(Path(scratch), traits, engine, speculation.needs_head(engine, options))
         used, more = speculation.with_replica(engine, options, replica)
         give_settings(engine, plan, used, env)
-        log = folder / f"{engine}.log"
-        answers = _serve(engine, replica, used, env, log, speculates, tick)
-        if speculates and without is None:
+        changes += more
+        if plan.disaggregated and not together and engine not in NOT_APART:
+            both = pair(recipe, plan, engine, replica)
+            changes, log = both.changes, folder / f"{engine}-decode.log"
+            sheet = known.hardware(recipe.hardware)
+            answers, counted = answers_apart(both, card, sheet, replica, folder, speculates, tick)
+        else:
+            log = folder / f"{engine}.log"
+            answers = _serve(engine, replica, used, env, log, speculates, tick)
+        if (speculates or both) and without is None:
             log_without = folder / f"{engine}-without.log"
             plain = speculation.without(used)
             without = _serve(engine, replica, plain, env, log_without, False, tick)
-        plain_answers = without if speculates else None
-        checks = _checks(answers, plain_answers, speculates)
+        plain_answers = without if speculates or both else None
+        checks = _checks(answers, plain_answers, speculates, counted)
         if not _quantises(used):
             tick("comparing with transformers")
             checks.append(_probabilities(replica, answers, plain_answers))
@@ -145,9 +159,10 @@ def rehearse(
         version,
         _described(recipe, card.id, replica),
         checks,
-        changes + more,
-        _not_rehearsed(recipe, plan, replica),
-        without if speculates else answers,
+        changes,
+        _not_rehearsed(recipe, plan, engine, replica, both),
+        None if both is None else both.ran,
+        without or answers,
     )
 
 
@@ -175,14 +190,17 @@ def _serve(
         server.stop()
 
 
-def _checks(answers: Answers, without: Answers | None, speculates: bool) -> list[Rehearsed]:
+def _checks(answers: Answers, without: Answers | None, speculates: bool, counted: Moved | None) -> list[Rehearsed]:
     expected = [continuation(text, TOKENS) for text in prompts(PROMPTS)]
     checks = [
         Rehearsed("answers", answers.texts == expected, _agree("the replica's own text", answers.texts, expected))
     ]
     if without is not None:
         same = answers.texts == without.texts
-        checks.append(Rehearsed("speculation", same, _agree("those without drafts", answers.texts, without.texts)))
+        name, those = ("speculation", "those without drafts") if counted is None else ("apart", "those of one server")
+        checks.append(Rehearsed(name, same, _agree(those, answers.texts, without.texts)))
+    if counted is not None:
+        checks.append(Rehearsed("transfer", counted.ok, counted.detail))
     if speculates:
         share = "" if not answers.drafted else f" of {answers.drafted} tokens"
         detail = f"{answers.drafts} drafts verified, {answers.accepted}{share} accepted"
@@ -200,7 +218,7 @@ def _probabilities(replica: Replica, answers: Answers, without: Answers | None) 
     found = [furthest(one.steps, expected) for one in (answers, without) if one is not None]
     detail = f"the {LIKELIEST} likeliest tokens of every step within {found[0]:.2g} nats of transformers'"
     if without is not None:
-        detail += f", without drafts {found[1]:.2g}"
+        detail += f", of one server without drafts {found[1]:.2g}"
     return Rehearsed("probabilities", found[0] < WITHIN, f"{detail} (expected {WITHIN:g})")
 
 
@@ -251,18 +269,22 @@ def _described(recipe: Recipe, card: str, replica: Replica) -> dict[str, Any]:
     }
 
 
-def _not_rehearsed(recipe: Recipe, plan: EngineRecipe, replica: Replica) -> list[str]:
+def _not_rehearsed(recipe: Recipe, plan: EngineRecipe, engine: str, replica: Replica, both: Pair | None) -> list[str]:
     traits, out = replica.traits, []
     if recipe.rehearsal and recipe.rehearsal.proxy and recipe.rehearsal.proxy != recipe.model:
         out.append(f"{recipe.model} itself: {recipe.rehearsal.proxy} stands for it ({recipe.rehearsal.reason})")
     if not traits.exact:
         out.append(f"{traits.architecture}: a {traits.family} replica stands for it")
     out += traits.missing
-    if plan.disaggregated:
+    if plan.disaggregated and both is None:
+        reason = f" ({NOT_APART[engine]})" if engine in NOT_APART else ""
         out.append(
             "prefill and decode apart: the decode role ran as one server; transfer of the KV cache, prefill's args"
+            + reason
         )
-    if plan.router is not None and plan.router.kind != "none":
+    if both is not None:
+        out += both.not_rehearsed
+    elif plan.router is not None and plan.router.kind != "none":
         out.append(f"the router ({plan.router.kind})")
     if _quantises({**plan.args, **plan.roles[_role(plan)].args}):
         out.append("probabilities against transformers', which does not quantise")

@@ -1,0 +1,195 @@
+"""Prefill and decode apart: a server of each role, the KV cache from one to the other, and the router before both.
+
+Decode has to take the prompts from prefill and not to compute them again; the servers' own counters say whether it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourfold.common.errors import FourfoldError
+from fourfold.common.recipe.launch import Start, flags, give_settings
+from fourfold.common.recipe.rehearsing import speculation
+from fourfold.common.recipe.rehearsing.asking import Answers, ask
+from fourfold.common.recipe.rehearsing.replica import Replica
+from fourfold.common.recipe.rehearsing.substitutions import Substitution, substituted
+from fourfold.common.recipe.rehearsing.transport import described, transport
+from fourfold.common.recipe.routing import router, router_version
+from fourfold.common.recipe.schema import EngineRecipe, HardwareSheet, ModelCard, Recipe, RoleName
+from fourfold.common.serving import EngineServer, free_port, shares, vllm_cpu_env
+
+NOT_APART = {"sglang": "not tried yet"}
+ROLES: tuple[RoleName, RoleName] = ("prefill", "decode")
+SOURCES = {"computed": "local_compute", "cached": "local_cache_hit", "received": "external_kv_transfer"}
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What the servers counted while `requests` were asked, in tokens of the prompts.
+
+    Attributes:
+        prefilled: the prefill server computed.
+        received: the decode server took from it.
+        computed: the decode server computed itself; ``cached``: it had.
+        transfers: ended ones, of ``size`` bytes in all; ``failed`` ones.
+    """
+
+    requests: int
+    prefilled: int
+    received: int
+    computed: int
+    cached: int
+    transfers: int
+    size: int
+    failed: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether decode took every prompt from prefill, but for the last token of each, from which it goes on."""
+        took = 0 < self.received <= self.prefilled and self.computed <= self.requests
+        return took and not self.cached and self.transfers >= self.requests and not self.failed
+
+    @property
+    def detail(self) -> str:
+        """One clause."""
+        total = self.received + self.computed + self.cached
+        took = f"decode took {self.received} of {total} tokens of {self.requests} prompts from prefill"
+        if not self.received:
+            took = f"decode took none of {total} tokens of {self.requests} prompts from prefill"
+        return (
+            f"{took}, in {self.transfers} transfers of {self.size} bytes ({self.failed} failed), and computed "
+            f"{self.computed} itself; prefill computed {self.prefilled}"
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What runs.
+
+    Attributes:
+        options, env: of each role.
+        changes: what is replaced of the recipe; the prefill role's where decode has not the same.
+        ran: how they ran apart, for the proof.
+    """
+
+    recipe: Recipe
+    plan: EngineRecipe
+    engine: str
+    options: dict[RoleName, dict[str, Any]]
+    env: dict[RoleName, dict[str, str]]
+    changes: list[Substitution]
+    ran: dict[str, str]
+
+    @property
+    def not_rehearsed(self) -> list[str]:
+        """What of it stays for the real deployment."""
+        out = ["RDMA and NVLink between prefill and decode, and KV caches in the memory of GPUs"]
+        if any(role.parallel.world > 1 for role in self.plan.roles.values()):
+            out.append("KV caches between ranks: prefill and decode of several, or of different numbers")
+        several = [f"{role.replicas} of {name}" for name, role in self.plan.roles.items() if role.replicas > 1]
+        if several:
+            out.append(f"the router's choice among servers ({', '.join(several)})")
+        if self.plan.router is not None and not self.ran["router"].startswith(self.plan.router.kind):
+            out.append(f"the router ({self.plan.router.kind}); {self.ran['router']} stood for it")
+        return out
+
+
+def pair(recipe: Recipe, plan: EngineRecipe, engine: str, replica: Replica) -> Pair:
+    """Both roles' options and variables on a processor.
+
+    Raises:
+        FourfoldError: what moves the KV cache, or the router, is not installed.
+    """
+    options: dict[RoleName, dict[str, Any]] = {}
+    env: dict[RoleName, dict[str, str]] = {}
+    changes: dict[RoleName, list[Substitution]] = {}
+    named = plan.router.kind if plan.router else "none"
+    kind = named if named in ("vllm-router", "sglang-router") else f"{engine}-router"
+    ran = {"transport": described(), "router": f"{kind} {router_version(kind)}"}
+    for name in ROLES:
+        role = next(role for found, role in plan.roles.items() if found == name)
+        given, variables, replaced = substituted(recipe, engine, plan, name, replica.traits.family)
+        used, drafting = speculation.with_replica(engine, given, replica)
+        link = transport(plan, role)
+        again = {change.what for change in link.changes} | set(link.options)
+        options[name], env[name] = used | link.options, variables | link.env
+        give_settings(engine, plan, options[name], env[name])
+        changes[name] = [change for change in replaced if change.what not in again] + drafting + link.changes
+    told = changes["decode"]
+    for change in changes["prefill"]:
+        if change not in told:
+            told = [*told, Substitution(f"prefill: {change.what}", change.requested, change.used, change.why)]
+    if named != kind:
+        told = [*told, Substitution("router", named, kind, "the engine's own router stands before the servers")]
+    return Pair(recipe, plan, engine, options, env, told, ran)
+
+
+def answers_apart(
+    of: Pair,
+    card: ModelCard,
+    sheet: HardwareSheet,
+    replica: Replica,
+    logs: Path,
+    speculates: bool,
+    tick: Callable[[str], None],
+) -> tuple[Answers, Moved]:
+    """Start both servers and the router, ask the router everything, and end them."""
+    from fourfold.common.recipe.rendering.layout import Layout, Process
+
+    servers: dict[RoleName, EngineServer] = {}
+    processes: list[Process] = []
+    model = str(replica.model)
+    for index, (name, cores) in enumerate(zip(ROLES, shares(len(ROLES)), strict=True)):
+        options, env, port = of.options[name], {**vllm_cpu_env(cores), **of.env[name]}, free_port()
+        log = logs / f"{of.engine}-{name}.log"
+        servers[name] = EngineServer(of.engine, model, log, flags(of.engine, options), env, port)
+        start = Start(of.engine, name, 0, 0, 1, 1, model, options, env, True, port)
+        processes.append(Process(start, 0, 0, index, index))
+    layout = Layout(of.recipe, of.plan, of.engine, card, sheet, model, processes, "")
+    before = router(layout, logs / f"{of.engine}-router.log", free_port())
+    if before is None:
+        raise FourfoldError(
+            f"recipe {of.recipe.id}: router none; prefill and decode apart need one, such as vllm-router"
+        )
+    running = [*servers.values(), before]
+    try:
+        for server in servers.values():
+            server.start()
+        for name, server in servers.items():
+            server.wait(tick=lambda line, name=name: tick(f"{name}: {line[:100]}"))
+        before.start()
+        before.wait(120, lambda line: tick(f"router: {line[:100]}"))
+        tick("asking the router")
+        answers = ask(before, speculates, servers["decode"])
+        return answers, moved(servers["prefill"], servers["decode"], len(answers.texts) + 1)
+    finally:
+        for server in reversed(running):
+            server.stop()
+
+
+def moved(prefill: EngineServer, decode: EngineServer, requests: int) -> Moved:
+    """What two servers of vLLM counted since they started."""
+    from fourfold.common.mtp.probe import read_metrics
+
+    of_prefill, of_decode = read_metrics(prefill.url), read_metrics(decode.url)
+
+    def count(samples: Any, name: str, source: str | None = None) -> int:
+        found = (value for (metric, labels), value in samples.items() if metric == name and _is(labels, source))
+        return int(sum(found))
+
+    prompts = {key: count(of_decode, "vllm:prompt_tokens_by_source_total", name) for key, name in SOURCES.items()}
+    return Moved(
+        requests,
+        prefilled=count(of_prefill, "vllm:prompt_tokens_by_source_total", SOURCES["computed"]),
+        **prompts,
+        transfers=count(of_decode, "vllm:nixl_xfer_time_seconds_count"),
+        size=count(of_decode, "vllm:nixl_bytes_transferred_sum"),
+        failed=count(of_decode, "vllm:nixl_num_failed_transfers_total"),
+    )
+
+
+def _is(labels: tuple[tuple[str, str], ...], source: str | None) -> bool:
+    return source is None or ("source", source) in labels
