@@ -19,6 +19,9 @@ OPERATORS = frozenset(
     "host port nnodes node-rank master-addr master-port headless dist-init-addr data-parallel-size-local "
     "data-parallel-address data-parallel-rpc-port data-parallel-start-rank".split()
 )
+# Grove, below the operator, takes 45 characters for the names of graph, service and service-ldr together. Newer
+# operators cut the graph's name to fit; older ones refuse it.
+NAME = 45 - len("prefill") - len("prefill-ldr")
 OWN_ENV = frozenset({"VLLM_NIXL_SIDE_CHANNEL_HOST"})  # the operator's, from the pod's address
 
 
@@ -33,11 +36,11 @@ def dynamo(of: Layout) -> Rendered:
         }
     }
     for role in of.plan.roles:
-        services[role] = _service(of, role, image)
+        services["worker" if role == "aggregated" else role] = _service(of, role, image)
     graph = {
         "apiVersion": "nvidia.com/v1alpha1",
         "kind": "DynamoGraphDeployment",
-        "metadata": {"name": of.name},
+        "metadata": {"name": of.short(NAME)},
         "spec": {"backendFramework": of.engine, "services": services},
     }
     notes = [f"{image} brings its own {of.engine}: see that its version is in {of.plan.versions}"]

@@ -19,7 +19,8 @@ CLIQUE = "nvidia.com/gpu.clique"
 CHANNEL = "compute-domain-channel"
 DEPLOYMENT = "fourfold.dev/deployment"  # label of all pods of a deployment
 ROLE = "fourfold.dev/role"
-GROUP_KEY = "leaderworkerset.sigs.k8s.io/group-key"  # label that LeaderWorkerSet gives the pods of one replica
+# Labels of the pods of one replica: LeaderWorkerSet's, and that of Grove, below Dynamo. A pod without one ignores it.
+REPLICA = ("leaderworkerset.sigs.k8s.io/group-key", "grove.io/podcliquescalinggroup-replica-index")
 GROUP_NAME = "leaderworkerset.sigs.k8s.io/name"
 Manifest = dict[str, Any]
 
@@ -114,13 +115,12 @@ def domain(of: Layout) -> bool:
 
 def affinity(of: Layout, process: Process) -> Manifest | None:
     """Keeps what talks over NVLink in one clique: the whole deployment where it fits, else each replica."""
-    if of.one_domain:
-        selector = [{"key": DEPLOYMENT, "operator": "In", "values": [of.name]}]
-        term: Manifest = {"labelSelector": {"matchExpressions": selector}, "topologyKey": CLIQUE}
-    elif of.spans and process.start.nodes > 1:
-        selector = [{"key": GROUP_NAME, "operator": "In", "values": [f"{of.name}-{process.start.role}"]}]
-        term = {"labelSelector": {"matchExpressions": selector}, "matchLabelKeys": [GROUP_KEY], "topologyKey": CLIQUE}
-    else:
+    selector = [{"key": DEPLOYMENT, "operator": "In", "values": [of.name]}]
+    term: Manifest = {"labelSelector": {"matchExpressions": selector}, "topologyKey": CLIQUE}
+    if of.spans and process.start.nodes > 1 and not of.one_domain:
+        selector.append({"key": ROLE, "operator": "In", "values": [process.start.role]})
+        term["matchLabelKeys"] = list(REPLICA)
+    elif not of.one_domain:
         return None
     return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,6 +25,9 @@ PORT, NIXL_PORT, BOOTSTRAP_PORT, ROUTER_PORT = 8000, 5600, 8998, 9000
 # Weights of 900 GB, kernels compiled at first use and captured graphs take 45 to 60 minutes; then half as much again.
 BOOT_SECONDS = 5400
 TESTED = {"vllm": ("0.33.0", "0.32.0"), "sglang": ("0.5.23",)}
+# A StatefulSet's name has 52 characters at most, since its pods' label controller-revision-hash adds 11 to it
+# (kubernetes#64023). LeaderWorkerSet names one NAME-aggregated-99, as it does for each group of several pods.
+NAME = 52 - len("-aggregated-99")
 IMAGES = {"vllm": "vllm/vllm-openai:v{}", "sglang": "lmsysorg/sglang:v{}"}
 
 
@@ -87,8 +91,16 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """A name that Kubernetes, Docker and Slurm take."""
-        return re.sub(r"[^a-z0-9]+", "-", f"{self.recipe.id}-{self.engine}").strip("-")[:40].strip("-")
+        """A name that Kubernetes, Docker and Slurm take, the recipe's and the engine's alone."""
+        return self.short(NAME)
+
+    def short(self, most: int) -> str:
+        """The name in at most so many characters; one that is cut ends in digits of its hash."""
+        whole = re.sub(r"[^a-z0-9]+", "-", f"{self.recipe.id}-{self.engine}").strip("-")
+        whole = whole if whole[0].isalpha() else f"r-{whole}"  # Services begin with a letter
+        if len(whole) <= most:
+            return whole
+        return f"{whole[: most - 7].strip('-')}-{sha256(whole.encode()).hexdigest()[:6]}"
 
     @property
     def title(self) -> str:

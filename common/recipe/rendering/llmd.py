@@ -16,6 +16,8 @@ from fourfold.common.recipe.rendering.layout import PORT, Layout, Rendered, four
 from fourfold.common.recipe.rendering.lws import group_spec, leader_worker_set
 
 SIDECAR = "ghcr.io/llm-d/llm-d-routing-sidecar:v0.7.1"
+# The set's LeaderWorkerSets have -0-, 8 digits and the role in their names, and their StatefulSets a group's number.
+NAME = 52 - len("-0-12345678-prefill-99")
 BEHIND = 8200  # port of a decode server, whose pod answers on `PORT` with the sidecar
 CONNECTORS = {"vllm": "nixlv2", "sglang": "sglang"}
 
@@ -51,7 +53,7 @@ def _disaggregated(of: Layout) -> dict[str, Any]:
     return {
         "apiVersion": "disaggregatedset.x-k8s.io/v1",
         "kind": "DisaggregatedSet",
-        "metadata": {"name": of.name, "labels": {k8s.DEPLOYMENT: of.name}},
+        "metadata": {"name": of.short(NAME), "labels": {k8s.DEPLOYMENT: of.name}},
         "spec": {"roles": roles},
     }
 
