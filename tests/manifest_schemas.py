@@ -1,14 +1,19 @@
-"""What the published schemas of manifests require of what ``fourfold recipe render`` writes, as JSON schemas.
+"""What the manifests of ``fourfold recipe render`` are held to: Kubernetes' own types, and fields of custom resources.
 
-Sources are in the modules of the targets.
+Pods, Deployments and Services are Kubernetes' published types. Of custom resources these are the fields that we write,
+named by us after their definitions: a test holds them to the published ones (`published_schemas`) where it has those.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from published_schemas import Schema, core, kubernetes
 
-def closed(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+CORE = "io.k8s.api.core.v1"
+
+
+def closed_object(required: Schema, optional: Schema | None = None) -> Schema:
     """A closed object: Kubernetes drops what it does not know."""
     return {
         "type": "object",
@@ -18,105 +23,110 @@ def closed(required: dict[str, Any], optional: dict[str, Any] | None = None) -> 
     }
 
 
-def array(of: dict[str, Any]) -> dict[str, Any]:
+def array(of: Schema) -> Schema:
     return {"type": "array", "items": of, "minItems": 1}
 
 
 TEXT, NUMBER, ANY = {"type": "string"}, {"type": "integer"}, {}
-DNS = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
-LABELS = {"type": "object", "additionalProperties": {"type": "string", "maxLength": 63}}
-META = closed({"name": DNS}, {"labels": LABELS})
-PROBE = closed(
-    {"httpGet": closed({"path": TEXT, "port": NUMBER}), "failureThreshold": NUMBER},
-    {"periodSeconds": NUMBER, "timeoutSeconds": NUMBER},
-)
-ENV = array(closed({"name": TEXT}, {"value": TEXT, "valueFrom": ANY}))
-CONTAINER = closed(
-    {"name": DNS, "image": TEXT},
-    {
-        "command": array(TEXT),
-        "args": array(TEXT),
-        "env": ENV,
-        "ports": array(closed({"name": DNS, "containerPort": NUMBER})),
-        "startupProbe": PROBE,
-        "livenessProbe": PROBE,
-        "readinessProbe": PROBE,
-        "resources": closed({"limits": ANY}, {"claims": array(closed({"name": DNS}))}),
-        "securityContext": ANY,
-        "volumeMounts": array(closed({"name": DNS, "mountPath": TEXT})),
-        "restartPolicy": {"const": "Always"},
-    },
-)
-SELECTOR = closed({"matchExpressions": array(closed({"key": TEXT, "operator": {"const": "In"}, "values": ANY}))})
-TERM = closed({"topologyKey": {"const": "nvidia.com/gpu.clique"}, "labelSelector": SELECTOR}, {"matchLabelKeys": ANY})
-AFFINITY = closed({"podAffinity": closed({"requiredDuringSchedulingIgnoredDuringExecution": array(TERM)})})
-CLAIMS = array(closed({"name": DNS, "resourceClaimTemplateName": DNS}))
-POD = closed(
-    {
-        "spec": closed(
-            {"containers": array(CONTAINER)},
-            {
-                "affinity": AFFINITY,
-                "tolerations": ANY,
-                "resourceClaims": CLAIMS,
-                "terminationGracePeriodSeconds": NUMBER,
-                "volumes": ANY,
-                "initContainers": array(CONTAINER),
-            },
-        )
-    },
-    {"metadata": closed({"labels": LABELS})},
-)
-GROUP = closed(
+POD = core(f"{CORE}.PodTemplateSpec")
+LABELS = {"type": "object", "additionalProperties": TEXT}
+NAMED = closed_object({"name": TEXT})
+META = closed_object({"name": TEXT}, {"labels": LABELS})
+GROUP = closed_object(
     {
         "replicas": NUMBER,
-        "leaderWorkerTemplate": closed(
+        "leaderWorkerTemplate": closed_object(
             {"size": NUMBER, "workerTemplate": POD},
             {"leaderTemplate": POD, "restartPolicy": {"const": "RecreateGroupOnPodRestart"}},
         ),
     }
 )
-DYNAMO = closed(
-    {"componentType": {"enum": ["frontend", "worker"]}, "replicas": NUMBER},
+
+
+def _properties(name: str) -> Schema:
+    """The fields of one of Kubernetes' types, to be used outside its file."""
+    return {field: {"$ref": f"kubernetes.json#/$defs/{name}/properties/{field}"} for field in _fields(name)}
+
+
+def _fields(name: str) -> list[str]:
+    return list(kubernetes()["$defs"][name]["properties"])
+
+
+# A pod's specification whose containers are the operator's, with the one that the user gives beside it, unnamed.
+DYNAMO_POD = closed_object(
+    {"mainContainer": closed_object({"image": TEXT}, _properties(f"{CORE}.Container"))}, _properties(f"{CORE}.PodSpec")
+)
+DYNAMO = closed_object(
+    {"componentType": {"enum": ["frontend", "worker"]}, "replicas": NUMBER, "extraPodSpec": DYNAMO_POD},
     {
         "subComponentType": {"enum": ["prefill", "decode"]},
-        "multinode": closed({"nodeCount": {"type": "integer", "minimum": 2}}),
-        "extraPodMetadata": closed({"labels": LABELS}),
-        "resources": closed({"limits": closed({"gpu": TEXT})}, {"claims": ANY}),
-        "sharedMemory": closed({"size": TEXT}),
-        "extraPodSpec": closed(
-            {"mainContainer": {**CONTAINER, "required": ["image"]}},
-            {"affinity": AFFINITY, "tolerations": ANY, "resourceClaims": CLAIMS},
-        ),
+        "multinode": closed_object({"nodeCount": {"type": "integer", "minimum": 2}}),
+        "extraPodMetadata": closed_object({"labels": LABELS}),
+        "resources": closed_object({"limits": closed_object({"gpu": TEXT})}, {"claims": array(NAMED)}),
+        "sharedMemory": closed_object({"size": TEXT}),
     },
 )
-PORT = closed({"name": DNS, "port": NUMBER, "targetPort": NUMBER})
-SPECS: dict[tuple[str, str], dict[str, Any]] = {
+PORT = closed_object({"number": {"type": "integer", "minimum": 1, "maximum": 65535}})
+SPECS: dict[tuple[str, str], Schema] = {
     ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): GROUP,
-    ("disaggregatedset.x-k8s.io/v1", "DisaggregatedSet"): closed(
-        {"roles": array(closed({"name": DNS, "spec": GROUP}, {"metadata": closed({"labels": LABELS})}))}
+    ("disaggregatedset.x-k8s.io/v1", "DisaggregatedSet"): closed_object(
+        {"roles": array(closed_object({"name": TEXT, "spec": GROUP}, {"metadata": closed_object({"labels": LABELS})}))}
     ),
-    ("apps/v1", "Deployment"): closed({"selector": ANY, "template": POD}, {"replicas": NUMBER}),
-    ("v1", "Service"): closed({"selector": LABELS, "ports": array(PORT)}),
-    ("resource.nvidia.com/v1beta1", "ComputeDomain"): closed(
-        {"numNodes": NUMBER, "channel": closed({"resourceClaimTemplate": closed({"name": DNS})})}
+    ("resource.nvidia.com/v1beta1", "ComputeDomain"): closed_object(
+        {"numNodes": NUMBER, "channel": closed_object({"resourceClaimTemplate": NAMED})}
     ),
-    ("nvidia.com/v1alpha1", "DynamoGraphDeployment"): closed(
+    ("nvidia.com/v1alpha1", "DynamoGraphDeployment"): closed_object(
         {"services": {"type": "object", "additionalProperties": DYNAMO}},
         {"backendFramework": {"enum": ["vllm", "sglang"]}},
     ),
-    ("inference.networking.k8s.io/v1", "InferencePool"): closed(
+    ("inference.networking.k8s.io/v1", "InferencePool"): closed_object(
         {
-            "selector": closed({"matchLabels": LABELS}),
-            "targetPorts": array(closed({"number": NUMBER})),
-            "endpointPickerRef": closed({"name": DNS, "port": closed({"number": NUMBER})}),
+            "selector": closed_object({"matchLabels": LABELS}),
+            "targetPorts": array(PORT),
+            "endpointPickerRef": closed_object({"name": TEXT, "port": PORT}),
         }
     ),
 }
-SRTCTL = closed(
+KINDS: dict[tuple[str, str], Schema] = {
+    ("apps/v1", "Deployment"): core("io.k8s.api.apps.v1.Deployment"),
+    ("v1", "Service"): core(f"{CORE}.Service"),
+} | {
+    (version, kind): closed_object(
+        {"apiVersion": {"const": version}, "kind": {"const": kind}, "metadata": META, "spec": spec}
+    )
+    for (version, kind), spec in SPECS.items()
+}
+
+
+def beyond(ours: Schema, theirs: Schema, at: str = "") -> list[str]:
+    """Fields that ours has and theirs does not know, and fields that theirs requires and ours does not."""
+    if "$ref" in ours or not theirs:
+        return []
+    if "anyOf" in theirs:  # a value or null
+        theirs = theirs["anyOf"][0]
+    out: list[str] = []
+    if "properties" in ours:
+        known: dict[str, Any] = theirs.get("properties", {})
+        for name, inner in ours["properties"].items():
+            if name in known:
+                out += beyond(inner, known[name], f"{at}.{name}")
+            elif theirs.get("additionalProperties") in (None, False):
+                out.append(f"{at}.{name}: unknown")
+        out += [f"{at}.{name}: required" for name in theirs.get("required", []) if name not in ours["required"]]
+    for key in ("items", "additionalProperties"):
+        if isinstance(ours.get(key), dict) and isinstance(theirs.get(key), dict):
+            out += beyond(ours[key], theirs[key], f"{at}[]")
+    return out
+
+
+# --- srtctl
+
+SRTCTL = closed_object(
     {
         "name": TEXT,
-        "model": closed({"path": TEXT, "container": TEXT, "precision": {"enum": ["fp4", "fp8", "fp16", "bf16"]}}),
+        "model": closed_object(
+            {"path": TEXT, "container": TEXT, "precision": {"enum": ["fp4", "fp8", "fp16", "bf16"]}}
+        ),
         "resources": {
             "type": "object",
             "required": ["gpu_type", "gpus_per_node"],
@@ -127,10 +137,10 @@ SRTCTL = closed(
     },
     {
         "identity": ANY,
-        "frontend": closed(
+        "frontend": closed_object(
             {"type": {"enum": ["dynamo", "sglang", "vllm"]}}, {"enable_multiple_frontends": {"const": False}}
         ),
-        "health_check": closed({"max_attempts": NUMBER, "interval_seconds": NUMBER}),
+        "health_check": closed_object({"max_attempts": NUMBER, "interval_seconds": NUMBER}),
         "benchmark": {"type": "object", "required": ["type"]},
         "setup_script": TEXT,
     },

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
-from manifest_schemas import META, SPECS, SRTCTL, TEXT, closed
 from typer.testing import CliRunner
 
 from fourfold.common.cli import app
@@ -66,16 +64,28 @@ def test_golden(known: Catalogue, recipe: str, engine: str, target: str) -> None
     assert text == path.read_text()
 
 
-@pytest.mark.parametrize("target", ["bash", "docker", "slurm"])
-@pytest.mark.parametrize(("recipe", "engine"), CASES)
-def test_scripts_are_sound(known: Catalogue, tmp_path: Path, recipe: str, engine: str, target: str) -> None:
-    write(rendered(known, f"golden/{recipe}", engine, target).files, tmp_path)
-    scripts = [str(path) for path in tmp_path.iterdir() if path.suffix in (".sh", ".sbatch")]
-    assert len(scripts) > 1
-    for script in scripts:
-        subprocess.run(["bash", "-n", script], check=True)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "-x", "-s", "bash", *scripts], check=True)
+def test_scripts_are_sound(known: Catalogue, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every script of every shipped recipe; scripts that differ in numbers alone are looked at once."""
+    seen: dict[str, str] = {}
+    for recipe in known.recipe_paths:
+        for engine in known.recipe(recipe).engines:
+            for target in ("bash", "docker", "slurm"):
+                folder = tmp_path / f"{recipe.replace('/', '-')}-{engine}-{target}"
+                made = rendered(known, recipe, engine, target).files
+                write(made, folder)
+                for name, text in made.items():
+                    if name.endswith((".sh", ".sbatch")):
+                        seen.setdefault(re.sub(r"\d+", "0", text), str(folder / name))
+    scripts = list(seen.values())
+    assert len(scripts) > 100
+    subprocess.run(["bash", "-c", 'for script; do bash -n "$script" || exit; done', "bash", *scripts], check=True)
+    shellcheck = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ["PATH"]]))
+    if shellcheck:
+        subprocess.run([shellcheck, "-x", "-s", "bash", *scripts], check=True)
+    with capsys.disabled():
+        print(
+            f"\n{len(scripts)} scripts held to bash -n and {shellcheck or 'nothing else: shellcheck is not installed'}"
+        )
 
 
 # --- manifests
@@ -85,34 +95,24 @@ def documents(known: Catalogue, recipe: str, engine: str, target: str) -> list[d
     """The YAML documents of a target, read again."""
     files = rendered(known, f"golden/{recipe}", engine, target).files
     (text,) = (text for name, text in files.items() if name.endswith(".yaml"))
-    assert "&id" not in text and "!!" not in text
     return list(yaml.safe_load_all(text))
 
 
 @pytest.mark.parametrize("target", ["lws", "dynamo", "llm-d"])
 @pytest.mark.parametrize(("recipe", "engine"), CASES)
-def test_manifests_have_what_their_schemas_require(known: Catalogue, recipe: str, engine: str, target: str) -> None:
+def test_a_domain_where_machines_share_memory(known: Catalogue, recipe: str, engine: str, target: str) -> None:
     found = documents(known, recipe, engine, target)
-    for document in found:
-        spec = SPECS[document["apiVersion"], document["kind"]]
-        whole = closed({"apiVersion": TEXT, "kind": TEXT, "metadata": META, "spec": spec})
-        jsonschema.validate(document, whole)
     spans = recipe == "disagg" or engine == "vllm"
     assert ("ComputeDomain" in {document["kind"] for document in found}) == spans
     assert ("nvidia.com/gpu.clique" in repr(found)) == spans
 
 
-@pytest.mark.parametrize(("recipe", "engine"), CASES)
-def test_srtctl_has_what_its_schema_requires(known: Catalogue, recipe: str, engine: str) -> None:
-    (document,) = documents(known, recipe, engine, "srtctl")
-    jsonschema.validate(document, SRTCTL)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_srtctl_counts_machines(known: Catalogue, engine: str) -> None:
+    (document,) = documents(known, "disagg", engine, "srtctl")
     resources = document["resources"]
-    if recipe == "disagg":
-        assert (resources["prefill_nodes"], resources["prefill_workers"], resources["gpus_per_prefill"]) == (2, 2, 4)
-        assert (resources["decode_nodes"], resources["decode_workers"], resources["gpus_per_decode"]) == (3, 1, 12)
-    owned = {"nnodes", "node-rank", "headless", "host", "port", "dist-init-addr", "data-parallel-start-rank"}
-    for settings in document["backend"][f"{engine}_config"].values():
-        assert not owned & set(settings) and False not in settings.values()
+    assert (resources["prefill_nodes"], resources["prefill_workers"], resources["gpus_per_prefill"]) == (2, 2, 4)
+    assert (resources["decode_nodes"], resources["decode_workers"], resources["gpus_per_decode"]) == (3, 1, 12)
 
 
 def test_a_first_start_may_take_an_hour_and_a_half(known: Catalogue) -> None:
@@ -268,12 +268,3 @@ def test_command(tmp_path: Path) -> None:
     assert set(json.loads(run(app, [*arguments, "--target", "lws", "--json"]).stdout)) == {"files", "notes"}
     with pytest.raises(FourfoldError, match="--target k8s: expected bash, docker"):
         run(app, [*arguments, "--target", "k8s"], catch_exceptions=False)
-
-
-def test_every_shipped_recipe_renders(known: Catalogue) -> None:
-    started = time.monotonic()
-    for name in known.recipe_paths:
-        for engine in known.recipe(name).engines:
-            for target in TARGETS:
-                assert rendered(known, name, engine, target).files
-    print(f"{len(known.recipe_paths)} recipes in {time.monotonic() - started:.1f} s")
