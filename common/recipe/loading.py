@@ -135,6 +135,10 @@ class Catalogue:
             raise FourfoldError(f"{self.model_path(name)}: config: {card.config!r}; there is no such file beside it")
         return card
 
+    def draft_models(self) -> list[ModelCard]:
+        """The cards of draft models, which draft for another card's model."""
+        return [card for card in map(self.model, self.names("models")) if card.drafts_for is not None]
+
     def config(self, name: str, source: Path | str = "model") -> dict[str, Any]:
         """The model's ``config.json``.
 

@@ -266,6 +266,7 @@ class ModelCard(Strict):
     active_parameters: float = Field(gt=0, description="billions, for each token")
     published_bytes: int | None = Field(default=None, gt=0, description="size of the checkpoint")
     draft: Literal["mtp", "dspark", "none"] = Field(description="what drafts in the checkpoint itself")
+    drafts_for: Name | None = Field(default=None, description="model card that it is a draft model of; absent: none")
     formats: dict[Text, Text] = Field(description="part (experts, attention, shared, embeddings, ...) to dtype")
     sources: list[Source] = Field(min_length=1)
     notes: list[Text] = Field(default_factory=list)

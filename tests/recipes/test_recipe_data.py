@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from fourfold.common.recipe.launch import starts
 from fourfold.common.recipe.loading import Catalogue, read_yaml
 from fourfold.common.recipe.schema import EngineRecipe, Recipe, Role
+from fourfold.common.recipe.sizing.drafts import draft_traits, draft_weights
 from fourfold.common.recipe.sizing.quantisation import Formats
 from fourfold.common.recipe.sizing.traits import flat, read_traits
 from fourfold.common.recipe.sizing.weights import Weight, weights
@@ -22,7 +24,14 @@ from fourfold.common.recipe.sizing.weights import Weight, weights
 CATALOGUE = Catalogue()
 RECIPES = list(CATALOGUE.recipe_paths)
 CARDS = CATALOGUE.names("models")
-HEADS = [name for name in CARDS if "-mtp-" in name]  # draft models: their own weights are a part of the config's
+DRAFTS = {card.id: card for card in CATALOGUE.draft_models()}
+WHOLE = [name for name in CARDS if name not in DRAFTS]
+# SHA-256 of the published config.json at the card's revision (V4.1: at dba1be0), as OpenTallas recorded them.
+PUBLISHED = {
+    "deepseek-v4-flash-0731": "6c8f3d2d3b48707541b88f32f22ef3f0f8a6b57d8523281e2b8d3cdb0ae9a023",
+    "deepseek-v4-pro-0813": "9dd2a89255469e120b333668ef5a169b7ae46c00f6bbab786bf0be457546aec0",
+    "deepseek-v4.1-flash": "8be45ce0476004a3f529fd896115a4a2e800a129ad2d3ec05b16050f52e21879",
+}
 BOTH, VLLM, SGLANG = {"vllm", "sglang"}, {"vllm"}, {"sglang"}
 # The twelve deployments, R1 to R12, and the engines that each is published or resolved for.
 TWELVE = {
@@ -178,9 +187,8 @@ def test_cpu_recipes_run_on_both_engines(recipes: dict[str, Recipe]) -> None:
     own = {name: recipe for name, recipe in recipes.items() if recipe.hardware == "cpu"}
     assert {"cpu/smollm2", "cpu/smollm2-nvfp4", "cpu/smollm2-mtp", "cpu/smollm2-mtp-fourfold"} <= set(own)
     for recipe in own.values():
-        assert set(recipe.engines) == BOTH
-        sglang = next(plan for engine, plan in recipe.engines.items() if engine == "sglang")
-        assert sglang.env["SGLANG_PLATFORM"] == "fourfold_cpu"
+        assert set(recipe.engines) == BOTH or recipe.engines["vllm"].disaggregated
+        assert all(p.env["SGLANG_PLATFORM"] == "fourfold_cpu" for e, p in recipe.engines.items() if e == "sglang")
 
 
 @dataclass(frozen=True)
@@ -213,7 +221,7 @@ def read(name: str) -> Read:
     return Read(main, drafts, traits.unknown, bool(config.get("tie_word_embeddings")), traits.dspark)
 
 
-@pytest.mark.parametrize("name", [name for name in CARDS if name not in HEADS])
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_card_agrees_with_its_config(name: str) -> None:
     card, found = CATALOGUE.model(name), read(name)
     assert found.unknown == ()
@@ -227,16 +235,61 @@ def test_a_card_agrees_with_its_config(name: str) -> None:
         assert found.drafts and card.draft == ("dspark" if found.dspark else "mtp")
 
 
-@pytest.mark.parametrize("name", [name for name in CARDS if name not in HEADS])
+@pytest.mark.parametrize("name", WHOLE)
 def test_the_formats_of_a_card_are_those_of_its_config(name: str) -> None:
     """Of each part, the format of most of its parameters."""
-    for part in ("experts", "shared", "attention", "dense", "embeddings", "head"):
+    mamba = ("mixer.in_proj", "mixer.out_proj")
+    for part in ("experts", "shared", "attention", "mamba", "dense", "latent", "embeddings", "head"):
         counts: Counter[str] = Counter()
         for weight in read(name).main:
-            counts[weight.format] += weight.parameters if weight.part == part else 0
+            its = "mamba" if weight.name in mamba else weight.part
+            counts[weight.format] += weight.parameters if its == part else 0
         formats = CATALOGUE.model(name).formats
         if counts.total():
             assert formats.get(part, formats.get("all")) == counts.most_common(1)[0][0], part
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_a_published_config_is_the_published_file(name: str) -> None:
+    written = CATALOGUE.model_path(name).with_name(CATALOGUE.model(name).config).read_bytes()
+    assert hashlib.sha256(written).hexdigest() == PUBLISHED[name]
+
+
+def test_every_draft_model_that_a_recipe_names_has_a_card(recipes: dict[str, Recipe]) -> None:
+    by_repo = {card.repo: card for card in DRAFTS.values()}
+    named = set()
+    for recipe in recipes.values():
+        for plan in recipe.engines.values():
+            for role in plan.roles.values():
+                args = arguments(plan, role)
+                draft = args.get("speculative-config", {}).get("model") or args.get("speculative-draft-model-path")
+                if draft is not None and not str(draft).startswith("/"):
+                    assert by_repo[draft].drafts_for == recipe.model
+                    named.add(draft)
+        if recipe.speculation and recipe.speculation.draft_model:
+            assert recipe.speculation.draft_model in by_repo
+    assert named >= set(by_repo), "a card of a draft model that no recipe names"
+
+
+# Layers, projection and Markov head, embeddings and head of a draft model's own, parameters; the rest are norms.
+PARTS = {
+    "kimi-k3-speculator.dspark": (5 * 411_041_792, 5 * 7168**2 + 2 * 163840 * 256, 2 * 163840 * 7168),
+    "kimi-k3-dspark": (5 * 381_681_664, 5 * 7168**2 + 2 * 163840 * 256, 0),
+    "minimax-m3-eagle3-gqa": (446_693_376, 3 * 6144**2, 2 * 200064 * 6144 + 6144 * 9216),
+}
+
+
+@pytest.mark.parametrize("name", list(PARTS))
+def test_a_draft_model_is_sized_whole(name: str) -> None:
+    card, config = DRAFTS[name], CATALOGUE.config(name)
+    traits = draft_traits(card, config)
+    assert traits is not None and (traits.hidden, traits.vocab) in ((7168, 163840), (6144, 200064))
+    found = {weight.shard: weight.parameters for weight in draft_weights(card, config, traits)}
+    assert sum(found.values()) == round(card.total_parameters * 1e9)
+    for shard, size in zip(("heads", "all", "vocab"), PARTS[name], strict=True):
+        assert found.get(shard, 0) == pytest.approx(size, abs=200_000), shard
+    if card.published_bytes is not None:
+        assert 0 < card.published_bytes - 2 * sum(found.values()) < 30_000, "a header and texts"
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -181,14 +181,18 @@ def _here(value: Any, folders: Mapping[str, str]) -> Any:
     return folders.get(value, value) if isinstance(value, str) else value
 
 
+def _draft(options: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The option that names a draft model, and the model."""
+    spec = options.get("speculative-config")
+    named = {"speculative-config": spec.get("model") if isinstance(spec, dict) else None}
+    named["speculative-draft-model-path"] = options.get("speculative-draft-model-path")
+    return next(((option, model) for option, model in named.items() if isinstance(model, str)), None)
+
+
 def _absent(options: Mapping[str, Any], folders: Mapping[str, str]) -> tuple[str, str] | None:
     """The option that names a draft model without a card, and the model."""
-    spec = options.get("speculative-config")
-    model = spec.get("model") if isinstance(spec, dict) else None
-    named = ("speculative-config", model) if model else ("", options.get("speculative-draft-model-path"))
-    if isinstance(named[1], str) and named[1] not in folders and not Path(named[1]).is_dir():
-        return named[0] or "speculative-draft-model-path", named[1]
-    return None
+    named = _draft(options)
+    return named if named and named[1] not in folders and not Path(named[1]).is_dir() else None
 
 
 def _by_engine(
@@ -342,13 +346,18 @@ def _rules(job: _Job) -> None:
 def digest_parts(recipe: Recipe, catalogue: Catalogue, engine: str) -> list[Any]:
     """All that a check's outcome rests on, beside the engine and fourfold's rules."""
     card, sheet = catalogue.model(recipe.model), catalogue.hardware(recipe.hardware)
+    named: set[str] = set()
     try:
-        processes = [[s.role, s.node, s.arguments, dict(s.env)] for s in starts(recipe, engine, card, sheet)]
+        started = starts(recipe, engine, card, sheet)
+        processes: list[Any] = [[s.role, s.node, s.arguments, dict(s.env)] for s in started]
+        named = {found[1] for s in started if (found := _draft(s.options))}
     except FourfoldError as error:
         processes = [str(error)]
+    drafts = [catalogue.config(d.id) for d in catalogue.draft_models() if d.repo in named] if named else []
     return [
         recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
         catalogue.config(recipe.model),
         sheet.model_dump(mode="json", by_alias=True, exclude_unset=True),
         processes,
+        *drafts,
     ]

@@ -42,7 +42,7 @@ def fit(
     card, sheet = known.model(found.model), known.hardware(hardware or found.hardware, "--hardware")
     path = known.model_path(found.model).parent / card.config
     traits = read_traits(read_config(path), str(path))
-    drafts = {other.repo: other for other in (known.model(name) for name in known.names("models"))}
+    drafts = {draft.repo: (draft, known.config(draft.id)) for draft in known.draft_models()}
     results = [
         with_advice(case)
         for name in ([engine] if engine else found.engines)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from fourfold.common.recipe.launch import engine_of
 from fourfold.common.recipe.schema import HardwareSheet, ModelCard, Parallel, Recipe, Workload
 from fourfold.common.recipe.sizing.cache import Cache, cache_of
-from fourfold.common.recipe.sizing.formats import format_named
+from fourfold.common.recipe.sizing.drafts import draft_traits, draft_weights, with_draft
 from fourfold.common.recipe.sizing.options import Options, options_of
 from fourfold.common.recipe.sizing.quantisation import Formats
 from fourfold.common.recipe.sizing.reserves import Reserve, reserves
@@ -50,6 +50,7 @@ class Case:
     role: str = "aggregated"
     replicas: int = 1
     notes: tuple[str, ...] = ()
+    draft: Traits | None = None  # of a draft model of its own
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -64,7 +65,8 @@ class Case:
     @cached_property
     def cache(self) -> Cache:
         o = self.options
-        return cache_of(self.traits, self.parallel, o.cache, o.engine, o.block, o.draft_tokens)
+        own = cache_of(self.traits, self.parallel, o.cache, o.engine, o.block, o.draft_tokens)
+        return own if self.draft is None else with_draft(own, self.draft, self.parallel, o.cache)
 
     @cached_property
     def reserves(self) -> list[Reserve]:
@@ -122,12 +124,12 @@ def cases_of(
     card: ModelCard,
     traits: Traits,
     sheet: HardwareSheet,
-    drafts: Mapping[str, ModelCard] | None = None,
+    drafts: Mapping[str, tuple[ModelCard, Mapping[str, Any]]] | None = None,
 ) -> list[Case]:
     """What there is to size of a recipe on one engine.
 
     Args:
-        drafts: repository to card, for draft models that a recipe names.
+        drafts: repository to card and config.json, for draft models that a recipe names.
     """
     plan = engine_of(recipe, engine)
     out = []
@@ -135,14 +137,14 @@ def cases_of(
         options = options_of(plan, name, engine, sheet, traits)
         formats = Formats(traits.config, card.formats, options.load_format, f"model card {card.id}")
         found, notes = weights(traits, formats), [f"unknown trait: {text}" for text in traits.unknown]
+        own = None
         if options.draft_model:
             draft = (drafts or {}).get(options.draft_model)
             if draft is None:
                 notes.append(f"draft model {options.draft_model}: no model card names it; its weights are not counted")
             else:
-                size = int(draft.total_parameters * 1e9)
-                format = format_named(next(iter(draft.formats.values()), "bf16"), f"model card {draft.id}")
-                found.append(Weight("draft model", draft.repo, size, format, "all"))
+                own = draft_traits(*draft)
+                found += draft_weights(*draft, own)
         tables = sum(w.bytes for w in found if w.part == "Engram")
         if tables and options.engram_offloaded:
             notes.append(f"Engram tables, {gb(tables)}, are in the host's memory, not in the GPUs'")
@@ -150,7 +152,16 @@ def cases_of(
             notes.append("KV cache in 16 bits: neither the recipe nor the checkpoint says another dtype")
         out.append(
             Case(
-                traits, tuple(found), sheet, options, role.parallel, recipe.workload, name, role.replicas, tuple(notes)
+                traits,
+                tuple(found),
+                sheet,
+                options,
+                role.parallel,
+                recipe.workload,
+                name,
+                role.replicas,
+                tuple(notes),
+                own,
             )
         )
     return out

@@ -42,7 +42,7 @@ CARD_PARTS: dict[str, tuple[str, ...]] = {
     "linear_attention": ("linear_attention",),
     "mamba": ("linear_attention",),
 }
-UNQUANTISED = frozenset({"router", "norms", "residual", "state_weights", "vision"})
+UNQUANTISED = frozenset({"router", "norms", "residual", "state_weights", "vision", "latent"})
 
 
 class Formats:
