@@ -34,6 +34,7 @@ class Proof:
         digest: see the module; also what `stale` compares.
         rehearsed: date of a rehearsal of this digest, which makes level 4 level 5; None: none.
         apart: by what transport and router prefill and decode ran apart there; None: they did not.
+        loaded: the engine's classes of the model, which loaded there while another architecture ran; None: none did.
     """
 
     level: int
@@ -44,6 +45,7 @@ class Proof:
     warnings: int = 0
     rehearsed: str | None = None
     apart: str | None = None
+    loaded: str | None = None
 
     @property
     def shown(self) -> int:
@@ -97,10 +99,9 @@ def save(path: Path, proofs: Proofs) -> None:
 
 
 def _written(proof: Proof) -> dict[str, Any]:
-    data = asdict(proof)
-    if proof.apart is None:
-        del data["apart"]
-    return data
+    return {
+        name: value for name, value in asdict(proof).items() if value is not None or name not in ("apart", "loaded")
+    }
 
 
 def current(recipe: Recipe, catalogue: Catalogue, proofs: Proofs, engine: str, version: str) -> Proof | None:
@@ -127,8 +128,8 @@ def record(checks: Sequence[Check], catalogue: Catalogue) -> list[Path]:
         if kept is not None and check.by == "snapshot" and kept.by == "engine":
             continue
         warnings = sum(finding.severity == "warning" for finding in check.findings)
-        rehearsed, apart = (None, None) if kept is None else (kept.rehearsed, kept.apart)
-        proof = Proof(check.level, check.by, today, same, check.errors, warnings, rehearsed, apart)
+        earlier = (None, None, None) if kept is None else (kept.rehearsed, kept.apart, kept.loaded)
+        proof = Proof(check.level, check.by, today, same, check.errors, warnings, *earlier)
         if kept is None or asdict(kept) | {"date": ""} != asdict(proof) | {"date": ""}:
             proofs.setdefault(check.recipe, {})[check.label] = proof
     for path, proofs in by_file.items():
@@ -139,11 +140,18 @@ def record(checks: Sequence[Check], catalogue: Catalogue) -> list[Path]:
     return sorted(by_file)
 
 
-def record_rehearsal(recipe: Recipe, catalogue: Catalogue, engine: str, version: str, apart: str | None = None) -> Path:
+def record_rehearsal(
+    recipe: Recipe,
+    catalogue: Catalogue,
+    engine: str,
+    version: str,
+    apart: str | None = None,
+    loaded: str | None = None,
+) -> Path:
     """Note that a rehearsal of the recipe as it is now passed with this engine's version (level 5).
 
     Args:
-        apart: see `Proof`.
+        apart, loaded: see `Proof`.
 
     Raises:
         FourfoldError: it has not been checked as it is now.
@@ -154,6 +162,6 @@ def record_rehearsal(recipe: Recipe, catalogue: Catalogue, engine: str, version:
     if proof is None:
         raise FourfoldError(f"recipe {recipe.id}: not checked as it is now; first `fourfold recipe check --write`")
     today = datetime.date.today().isoformat()
-    proofs[recipe.id][f"{engine} {version}"] = replace(proof, rehearsed=today, apart=apart)
+    proofs[recipe.id][f"{engine} {version}"] = replace(proof, rehearsed=today, apart=apart, loaded=loaded)
     save(path, proofs)
     return path

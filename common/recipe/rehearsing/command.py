@@ -39,7 +39,8 @@ def rehearse(
         result = run(known, recipe, engine, logs, tick=status.update, together=together)
     if write and result.ok:
         apart = None if result.apart is None else ", ".join(result.apart.values())
-        path = record_rehearsal(known.recipe(recipe), known, engine, result.version, apart)
+        loaded = None if result.loaded is None or result.loaded.unable else " and ".join(result.loaded.classes)
+        path = record_rehearsal(known.recipe(recipe), known, engine, result.version, apart, loaded)
         typer.echo(f"proof in {path}", err=True)
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=1, default=str))
@@ -58,6 +59,10 @@ def _print(result: Result) -> None:
         typer.echo(f"prefill and decode ran apart: {', '.join(result.apart.values())}")
     for check in result.checks:
         typer.echo(f"{'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
+    if result.loaded is not None and result.loaded.layers:
+        typer.echo(f"loaded on the real classes, on {result.loaded.where}:")
+        for line in result.loaded.lines():
+            typer.echo(f"  {line}")
     typer.echo("replaced:" if result.substitutions else "replaced: nothing")
     for change in result.substitutions:
         used = "left out" if change.used is None else json.dumps(change.used, default=str)

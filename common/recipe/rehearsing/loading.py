@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from fourfold.common.recipe.launch import flags
 from fourfold.common.recipe.rehearsing.published import Published, write_published
 from fourfold.common.recipe.schema import HardwareSheet
+from fourfold.common.settings import cache_dir
 
 LIMIT = 300.0  # seconds
 SHOWN = 12  # names in a line
@@ -100,6 +102,19 @@ class Loaded:
         }
         return "; ".join([counted, *(f"{what} {_some(names)}" for what, names in found.items() if names)])
 
+    @property
+    def where(self) -> str:
+        """The machine."""
+        return "this processor" if self.simulated is None else f"a {self.simulated} that is simulated"
+
+    @property
+    def not_rehearsed(self) -> list[str]:
+        """What loading left out."""
+        if self.unable:
+            return [f"the model's tensors on the engine's own classes: {self.unable}"]
+        out = [f"the forward of {name}: it was loaded, and nothing computed" for name in self.classes]
+        return out + [f"what {name} makes of its weights then: {why}" for name, why in self.unfinished.items()]
+
     def lines(self) -> list[str]:
         """Layer by layer, for people."""
         out = []
@@ -121,23 +136,35 @@ def _some(names: list[str]) -> str:
 
 
 def load(
-    engine: str, config: Mapping[str, Any], given: Mapping[str, Any], sheet: HardwareSheet, folder: Path
+    engine: str,
+    config: Mapping[str, Any],
+    given: Mapping[str, Any],
+    sheet: HardwareSheet,
+    env: Mapping[str, str],
+    folder: Path,
 ) -> Loaded:
     """Load a small checkpoint of ``config``'s architecture with the classes of the engine of this environment.
 
     Args:
         given: options of the recipe's role.
         sheet: the machine that the recipe is for.
+        env: variables for the engine.
         folder: for the checkpoint and the engine's log; it exists.
 
     Raises:
         FourfoldError: the published layout of the architecture is not known.
     """
-    return load_checkpoint(engine, write_published(folder / "published", config), given, sheet, folder)
+    with tempfile.TemporaryDirectory(prefix="fourfold-published-") as scratch:
+        return load_checkpoint(engine, write_published(Path(scratch) / "model", config), given, sheet, env, folder)
 
 
 def load_checkpoint(
-    engine: str, checkpoint: Published, given: Mapping[str, Any], sheet: HardwareSheet, folder: Path
+    engine: str,
+    checkpoint: Published,
+    given: Mapping[str, Any],
+    sheet: HardwareSheet,
+    env: Mapping[str, str],
+    folder: Path,
 ) -> Loaded:
     """The same with a checkpoint that was written before."""
     options = OWN[engine] | {name: value for name, value in given.items() if name in KEPT[engine]}
@@ -153,11 +180,19 @@ def load_checkpoint(
     asked, answered, log = folder / "load-request.json", folder / "load-answer.json", folder / f"{engine}-load.log"
     asked.write_text(json.dumps(request))
     command = [sys.executable, "-m", "fourfold.common.recipe.rehearsing.loader", str(asked), str(answered)]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    env |= {"VLLM_CACHE_ROOT": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # An engine keeps what it learns of a model's class; on a simulated machine that is another class.
+    apart = {"VLLM_CACHE_ROOT": str(cache_dir() / "load")}
     with log.open("wb") as output:
         try:
-            ended = subprocess.run(command, stdout=output, stderr=output, env=env, timeout=LIMIT, check=False)
+            ended = subprocess.run(
+                command,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **env, **quiet, **apart},
+                timeout=LIMIT,
+                check=False,
+            )
             state = f"ended with status {ended.returncode}"
         except subprocess.TimeoutExpired:
             state = f"no answer in {LIMIT:.0f} s"

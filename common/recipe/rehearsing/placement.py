@@ -20,6 +20,10 @@ MOST_REFUSED = 24
 Load = Callable[[Iterable[tuple[str, Tensor]]], Any]
 
 
+class NeedsGPU(NotImplementedError):
+    """A loader asks for a kernel that a processor does not have; it says nothing about a tensor."""
+
+
 @dataclass(frozen=True)
 class Placed:
     """What a loader did.
@@ -51,7 +55,7 @@ def place(parameters: Mapping[str, Tensor], load: Load, tensors: Mapping[str, Te
                 load(watch.follow(given))
         except Exception as error:  # a loader raises whatever it likes
             message = f"{type(error).__name__}: {error}"
-            culprit = watch.culprit(error)
+            culprit = None if isinstance(error, NeedsGPU) else watch.culprit(error)
             if culprit is not None and len(refused) < MOST_REFUSED:
                 refused[culprit] = message
                 continue
@@ -65,6 +69,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.current: str | None = None
+        self.last: str | None = None
         self.parameters = dict(parameters)
         self.names: dict[int, list[str]] = defaultdict(list)  # of the parameters in a storage
         self.bytes: dict[int, Tensor] = {}  # of a parameter's storage: whether written
@@ -79,7 +84,7 @@ class Watch(TorchDispatchMode):
     def follow(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The tensors as a loader is given them."""
         for name, tensor in tensors.items():
-            self.current = name
+            self.current = self.last = name
             self._taint(tensor, {name})
             yield name, tensor
         self.current = None  # what is raised from here on is about no tensor
@@ -98,7 +103,10 @@ class Watch(TorchDispatchMode):
         return out
 
     def culprit(self, error: BaseException) -> str | None:
-        """The tensor that a loader had in hand when it raised: the innermost frame's, else the last one given."""
+        """The tensor that a loader had in hand when it raised: the innermost frame's, else the last one given.
+
+        Where it was given all of them, the last one is no sign: loaders raise of what lacks when they are through.
+        """
         frames = []
         trace = error.__traceback__
         while trace is not None:
@@ -107,7 +115,7 @@ class Watch(TorchDispatchMode):
         for frame in reversed(frames):
             for value in list(frame.f_locals.values()):
                 names = self.sources.get(_key(value), set()) if isinstance(value, Tensor) else set()
-                if len(names) == 1:
+                if len(names) == 1 and (self.current is not None or names != {self.last}):
                     return next(iter(names))
         return self.current
 

@@ -123,9 +123,13 @@ class Published:
     source: str
 
 
-def known(architecture: str) -> bool:
-    """Whether there is a layout of the architecture."""
-    return architecture in LAYOUTS
+def known(config: Mapping[str, Any]) -> bool:
+    """Whether there is a layout of the config's architecture."""
+    return _architecture(config) in LAYOUTS
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    return str((config.get("architectures") or ["unknown"])[0])
 
 
 def write_published(path: Path, config: Mapping[str, Any]) -> Published:
@@ -136,7 +140,7 @@ def write_published(path: Path, config: Mapping[str, Any]) -> Published:
     """
     from safetensors.torch import save_file
 
-    architecture = str((config.get("architectures") or ["unknown"])[0])
+    architecture = _architecture(config)
     layout = LAYOUTS.get(architecture)
     if layout is None:
         raise FourfoldError(f"architecture {architecture}: no published layout is known; known: {', '.join(LAYOUTS)}")

@@ -3,7 +3,8 @@
 One rank of one server stands for the deployment, or of prefill and decode one rank of each, with the KV cache moved
 between them and a router before them. The answers have to be the ones that the replica is known to give, those with
 drafts, or of servers apart, equal to those of one server without, the probabilities of other tokens transformers', and
-the engine's own counters have to show that it drafted and what it moved. What was not rehearsed is part of the result.
+the engine's own counters have to show that it drafted and what it moved. Where another architecture stands for the
+model, the engine's own classes of it load a small checkpoint (`loading`). What was not rehearsed is part of the result.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing import speculation
 from fourfold.common.recipe.rehearsing.apart import NOT_APART, Moved, Pair, answers_apart, pair
 from fourfold.common.recipe.rehearsing.asking import LIKELIEST, PROMPTS, TOKENS, Answers, ask
+from fourfold.common.recipe.rehearsing.loading import Loaded, load
+from fourfold.common.recipe.rehearsing.published import known as layout_known
 from fourfold.common.recipe.rehearsing.reference import WITHIN, furthest, reference
 from fourfold.common.recipe.rehearsing.replica import Replica, continuation, prompts, write_replica
 from fourfold.common.recipe.rehearsing.substitutions import Substitution, substituted
@@ -57,6 +60,7 @@ class Result:
         replica: architecture, and the model that it stands for.
         apart: transport and router, where prefill and decode ran apart; None: one server ran.
         without: answers of one server without speculation, for further rehearsals of the same replica.
+        loaded: by the engine's own classes of the model, where the replica is of another architecture; None: nothing.
     """
 
     recipe: str
@@ -68,6 +72,7 @@ class Result:
     not_rehearsed: list[str]
     apart: dict[str, str] | None = None
     without: Answers | None = field(default=None, repr=False)
+    loaded: Loaded | None = None
 
     @property
     def ok(self) -> bool:
@@ -151,6 +156,10 @@ def rehearse(
             tick("comparing with transformers")
             checks.append(_probabilities(replica, answers, plain_answers))
     checks += _fourfold(used, log)
+    itself = traits.exact and card.id == recipe.model
+    loaded = None if itself else _load(known, recipe, plan, engine, env, folder, tick)
+    if loaded is not None and loaded.unable is None:
+        checks.append(Rehearsed("load", loaded.ok, loaded.detail))
     if _reads_drafts(plan, used):
         checks.append(_text(answers))
     return Result(
@@ -160,10 +169,29 @@ def rehearse(
         _described(recipe, card.id, replica),
         checks,
         changes,
-        _not_rehearsed(recipe, plan, engine, replica, both),
+        _not_rehearsed(recipe, plan, engine, replica, both, loaded),
         None if both is None else both.ran,
         without or answers,
+        loaded,
     )
+
+
+def _load(
+    known: Catalogue,
+    recipe: Recipe,
+    plan: EngineRecipe,
+    engine: str,
+    env: dict[str, str],
+    folder: Path,
+    tick: Callable[[str], None],
+) -> Loaded | None:
+    """The model's own architecture on the engine's own classes, where its published layout is known."""
+    config = known.config(recipe.model)
+    if not layout_known(config):
+        return None
+    tick("loading a small checkpoint of the model's own architecture")
+    given = {**plan.args, **plan.roles[_role(plan)].args}
+    return load(engine, config, given, known.hardware(recipe.hardware), env, folder)
 
 
 def _role(plan: EngineRecipe) -> RoleName:
@@ -269,13 +297,17 @@ def _described(recipe: Recipe, card: str, replica: Replica) -> dict[str, Any]:
     }
 
 
-def _not_rehearsed(recipe: Recipe, plan: EngineRecipe, engine: str, replica: Replica, both: Pair | None) -> list[str]:
+def _not_rehearsed(
+    recipe: Recipe, plan: EngineRecipe, engine: str, replica: Replica, both: Pair | None, loaded: Loaded | None
+) -> list[str]:
     traits, out = replica.traits, []
     if recipe.rehearsal and recipe.rehearsal.proxy and recipe.rehearsal.proxy != recipe.model:
         out.append(f"{recipe.model} itself: {recipe.rehearsal.proxy} stands for it ({recipe.rehearsal.reason})")
     if not traits.exact:
         out.append(f"{traits.architecture}: a {traits.family} replica stands for it")
     out += traits.missing
+    if loaded is not None:
+        out += loaded.not_rehearsed
     if plan.disaggregated and both is None:
         reason = f" ({NOT_APART[engine]})" if engine in NOT_APART else ""
         out.append(
