@@ -114,7 +114,7 @@ def pair(recipe: Recipe, plan: EngineRecipe, engine: str, replica: Replica) -> P
         given, variables, replaced = substituted(recipe, engine, plan, name, replica.traits.family)
         used, drafting = speculation.with_replica(engine, given, replica)
         link = transport(plan, role)
-        again = {change.what for change in link.changes} | set(link.options)
+        again = {change.what for change in link.changes} | {*link.options, *link.env}
         options[name], env[name] = used | link.options, variables | link.env
         give_settings(engine, plan, options[name], env[name])
         changes[name] = [change for change in replaced if change.what not in again] + drafting + link.changes

@@ -23,7 +23,7 @@ from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing import speculation
 from fourfold.common.recipe.rehearsing.apart import NOT_APART, Moved, Pair, answers_apart, pair
 from fourfold.common.recipe.rehearsing.asking import LIKELIEST, PROMPTS, TOKENS, Answers, ask
-from fourfold.common.recipe.rehearsing.loading import Loaded, load
+from fourfold.common.recipe.rehearsing.loading import Loaded, chosen, load
 from fourfold.common.recipe.rehearsing.published import known as layout_known
 from fourfold.common.recipe.rehearsing.reference import WITHIN, furthest, reference
 from fourfold.common.recipe.rehearsing.replica import Replica, continuation, prompts, write_replica
@@ -154,7 +154,9 @@ def rehearse(
         checks = _checks(answers, plain_answers, speculates, counted)
         if not _quantises(used):
             tick("comparing with transformers")
-            checks.append(_probabilities(replica, answers, plain_answers))
+            checks.append(
+                _probabilities(replica, answers, plain_answers, "of one server" if both else "without drafts")
+            )
     checks += _fourfold(used, log)
     itself = traits.exact and card.id == recipe.model
     loaded = None if itself else _load(known, recipe, plan, engine, env, folder, tick)
@@ -190,7 +192,7 @@ def _load(
     if not layout_known(config):
         return None
     tick("loading a small checkpoint of the model's own architecture")
-    given = {**plan.args, **plan.roles[_role(plan)].args}
+    given = chosen(engine, plan, _role(plan))
     return load(engine, config, given, known.hardware(recipe.hardware), env, folder)
 
 
@@ -239,14 +241,14 @@ def _checks(answers: Answers, without: Answers | None, speculates: bool, counted
     return checks
 
 
-def _probabilities(replica: Replica, answers: Answers, without: Answers | None) -> Rehearsed:
-    """Whether attention and experts compute what they should, with drafts and without."""
+def _probabilities(replica: Replica, answers: Answers, without: Answers | None, whose: str) -> Rehearsed:
+    """Whether attention and experts compute what they should, with drafts or apart, and without."""
     given = prompts(PROMPTS)
     expected = reference(replica.model, given, [continuation(text, TOKENS) for text in given])
     found = [furthest(one.steps, expected) for one in (answers, without) if one is not None]
     detail = f"the {LIKELIEST} likeliest tokens of every step within {found[0]:.2g} nats of transformers'"
     if without is not None:
-        detail += f", of one server without drafts {found[1]:.2g}"
+        detail += f", {whose} {found[1]:.2g}"
     return Rehearsed("probabilities", found[0] < WITHIN, f"{detail} (expected {WITHIN:g})")
 
 
