@@ -1,10 +1,11 @@
-"""Rows of `fourfold.common.compat` for the adapters of ``fourfold recipe check``."""
+"""Rows of `fourfold.common.compat` for the adapters of ``fourfold recipe check`` and ``rehearse``."""
 
 from __future__ import annotations
 
 from fourfold.common.seam import Seam
 
 _MACHINE = "the engine resolves a configuration for a machine that is described to it"
+_BUILD = "the engine builds a model's class for a configuration outside its workers"
 
 
 def _vllm(path: str, why: str, parameters: tuple[str, ...] = (), until: str = Seam.until) -> Seam:
@@ -42,6 +43,36 @@ RECIPES: tuple[Seam, ...] = (
         _MACHINE,
     ),
     _vllm("reasoning:ReasoningParserManager", "whether there is such a parser"),
+    _vllm(
+        "config.vllm:set_current_vllm_config",
+        "builds a model's class to load a small checkpoint",
+        ("vllm_config",),
+        _BUILD,
+    ),
+    _vllm(
+        "config.speculative:SpeculativeConfig.apply_draft_overrides",
+        "builds the class of its draft",
+        ("vllm_config",),
+        until=_BUILD,
+    ),
+    _vllm(
+        "distributed.parallel_state:init_distributed_environment",
+        "groups of one rank, which layers ask for when they are built",
+        ("world_size", "rank", "distributed_init_method", "local_rank", "backend"),
+        _BUILD,
+    ),
+    _vllm(
+        "distributed.parallel_state:ensure_model_parallel_initialized",
+        "groups of one rank",
+        ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+        _BUILD,
+    ),
+    _vllm(
+        "model_executor.model_loader.utils:initialize_model",
+        "builds a model's class",
+        ("vllm_config", "model_config"),
+        _BUILD,
+    ),
     _sglang("plugins:load_plugins", "a recipe's engine has its plugins"),
     _sglang("server_args:ServerArgs", "its parser, and arguments to a configuration"),
     _sglang("environ:Envs", "the variables that SGLang knows"),

@@ -18,6 +18,7 @@ import torch
 
 from fourfold.common.recipe.check import probe
 from fourfold.common.recipe.rehearsing.placement import NeedsGPU
+from fourfold.common.serving import free_port
 from fourfold.vllm_ext import recipe_probe
 
 BUNDLED = re.compile(r"(vllm\.third_party\.deep_gemm|flashinfer)(\..*)?$")
@@ -85,27 +86,27 @@ def _kernels() -> None:
 
 def models(request: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, tuple[str, ...]]]:
     """Role (``target``, ``draft``) and model of each class of the checkpoint, and what it takes from the target."""
-    os.environ["VLLM_HAS_FLASHINFER_CUBIN"] = "1"  # as in an image for CUDA
+    if request["machine"] is not None:
+        os.environ["VLLM_HAS_FLASHINFER_CUBIN"] = "1"  # as in an image for CUDA
     recipe_probe.start(request, probe.load, probe.Refused)
     if recipe_probe.simulation is not None:
-        from vllm import platforms
+        import vllm.platforms
 
-        platforms.current_platform.device_type = "cpu"
+        vllm.platforms.current_platform.device_type = "cpu"
         torch.cuda.Stream = torch.cuda.Event = Nothing  # type: ignore[misc,assignment]
         sys.meta_path.append(Bundled())
-    from vllm.config import set_current_vllm_config
+    from vllm.config.vllm import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.utils.network_utils import get_open_port
-    from vllm.utils.torch_utils import set_default_torch_dtype
 
     arguments = recipe_probe.parse(request["model"], request["arguments"])
     config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
     if recipe_probe.simulation is not None:
         _kernels()  # only now: modules ask at import which kernels there are
-    address = f"tcp://127.0.0.1:{get_open_port()}"
-    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    torch.set_default_dtype(config.model_config.dtype)
+    with set_current_vllm_config(config), torch.device("cpu"):
         parallel_state.init_distributed_environment(1, 0, address, 0, "gloo")
         parallel_state.ensure_model_parallel_initialized(1, 1)
         yield "target", initialize_model(config), ()

@@ -36,7 +36,7 @@ def main(request_path: str, answer_path: str) -> None:
         for role, model, shared in adapter.models(request):
             parameters = dict(model.named_parameters())
             placed = place(parameters, model.load_weights, tensors)
-            unfilled = {name: counts for name, counts in placed.unfilled.items() if not _among(name, shared)}
+            unfilled = {name: what for name, what in placed.unfilled.items() if not _among(name, shared)}
             models.append(
                 {
                     "role": role,
@@ -59,12 +59,15 @@ def main(request_path: str, answer_path: str) -> None:
 
 
 def layers(model: nn.Module) -> list[dict[str, Any]]:
-    """Which classes serve each decoder layer, and how its weights are quantised; equal layers together."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        match = LAYER.fullmatch(name)
-        if match is None:
-            continue
+    """Which classes serve each decoder layer, and how its weights are quantised; equal layers together.
+
+    ``own`` are parameters of parts that every layer has, which not every layer has (a table of routes, a bias).
+    """
+    found = {match[1] or "0": module for name, module in model.named_modules() if (match := LAYER.fullmatch(name))}
+    everywhere = _common([{name for name, _ in module.named_modules()} for module in found.values()])
+    shared = _common([{name for name, _ in module.named_parameters()} for module in found.values()])
+    out: dict[str, dict[str, Any]] = {}
+    for number, module in found.items():
         parts = {
             below: type(part).__name__
             for below, part in module.named_modules()
@@ -75,9 +78,20 @@ def layers(model: nn.Module) -> list[dict[str, Any]]:
             for part in module.modules()
             if getattr(part, "quant_method", None) is not None and any(True for _ in part.parameters(recurse=False))
         )
-        layer = {"class": type(module).__name__, "parts": parts, "methods": dict(sorted(methods.items()))}
-        found.setdefault(json.dumps(layer), layer | {"layers": []})["layers"].append(match[1] or "0")
-    return list(found.values())
+        names = {name for name, _ in module.named_parameters()} - shared
+        own = sorted(name for name in names if name.rpartition(".")[0] in everywhere)
+        layer = {
+            "class": type(module).__name__,
+            "parts": parts,
+            "own": own,
+            "methods": {name: methods[name] for name in sorted(methods)},
+        }
+        out.setdefault(json.dumps(layer), layer | {"layers": []})["layers"].append(number)
+    return list(out.values())
+
+
+def _common(sets: list[set[str]]) -> set[str]:
+    return set.intersection(*sets) if sets else set()
 
 
 def _among(name: str, shared: tuple[str, ...]) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 from fourfold.common.recipe.launch import flags
 from fourfold.common.recipe.rehearsing.published import Published, write_published
-from fourfold.common.recipe.schema import HardwareSheet
+from fourfold.common.recipe.schema import EngineRecipe, HardwareSheet, RoleName
 from fourfold.common.settings import cache_dir
 
 LIMIT = 300.0  # seconds
@@ -56,7 +56,7 @@ class Loaded:
         classes: of the target and of its draft, as the engine names them.
         source: of the checkpoint's names.
         tensors: of the checkpoint; ``parameters``: of all classes.
-        missing: parameters of which elements got no value, with how many.
+        missing: parameters of which elements got no value, and how many.
         unused: tensors that no parameter took; ``refused``: those at which a loader raised, and what it raised.
         shared: parameters of the draft that are the target's.
         unfinished: what a loader raised after the last tensor, by its class.
@@ -96,7 +96,7 @@ class Loaded:
         if self.ok:
             return f"{counted}, all placed"
         found = {
-            "no weight for": [f"{name} ({counts})" for name, counts in self.missing.items()],
+            "no weight for": [f"{name} ({what})" for name, what in self.missing.items()],
             "no parameter took": self.unused,
             "refused": [f"{name} ({why})" for name, why in self.refused.items()],
         }
@@ -122,7 +122,8 @@ class Loaded:
             numbers = ", ".join(layer["layers"])
             parts = ", ".join(f"{name} {kind}" for name, kind in layer["parts"].items())
             methods = ", ".join(f"{count} {name}" for name, count in layer["methods"].items())
-            out.append(f"{layer['model']} layer {numbers}: {layer['class']} ({parts}); {methods}")
+            own = f", with {', '.join(layer['own'])}" if layer["own"] else ""
+            out.append(f"{layer['model']} layer {numbers}: {layer['class']} ({parts}{own}); {methods}")
         return out
 
     def to_json(self) -> dict[str, Any]:
@@ -133,6 +134,14 @@ class Loaded:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def chosen(engine: str, plan: EngineRecipe, role: RoleName) -> dict[str, Any]:
+    """Options of a role that matter here; experts in parallel are so on one rank, too: classes ask whether."""
+    given = {**plan.args, **plan.roles[role].args}
+    if engine == "vllm" and plan.roles[role].parallel.expert > 1:
+        given["enable-expert-parallel"] = True
+    return given
 
 
 def load(
@@ -146,7 +155,7 @@ def load(
     """Load a small checkpoint of ``config``'s architecture with the classes of the engine of this environment.
 
     Args:
-        given: options of the recipe's role.
+        given: options of the recipe's role, see `chosen`.
         sheet: the machine that the recipe is for.
         env: variables for the engine.
         folder: for the checkpoint and the engine's log; it exists.
@@ -230,11 +239,7 @@ def _read(answer: dict[str, Any], checkpoint: Published, machine: dict[str, Any]
         source=checkpoint.source,
         tensors=checkpoint.tensors,
         parameters=sum(model["parameters"] for model in models),
-        missing={
-            name: f"{lacking} of {elements} elements"
-            for model in models
-            for name, (lacking, elements) in model["unfilled"].items()
-        },
+        missing={name: what for model in models for name, what in model["unfilled"].items()},
         unused=sorted(set(answer["tensors"]) - taken - set(refused)) if whole else [],
         refused=refused,
         shared=[name for model in models for name in model["shared"]],

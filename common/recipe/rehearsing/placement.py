@@ -31,14 +31,14 @@ class Placed:
     Attributes:
         parameters: how many the model has.
         taken: tensor to the parameters that it reached.
-        unfilled: parameter to elements that nothing was written to, and elements in all.
+        unfilled: parameter to how many of its elements nothing was written to; of experts, to which of them.
         refused: tensor at which the loader raised, to what it raised.
         unfinished: what the loader raised after the last tensor; None: nothing.
     """
 
     parameters: int
     taken: dict[str, list[str]]
-    unfilled: dict[str, tuple[int, int]]
+    unfilled: dict[str, str]
     refused: dict[str, str]
     unfinished: str | None
 
@@ -123,21 +123,27 @@ class Watch(TorchDispatchMode):
         """Tensor to parameters."""
         return {name: sorted(found) for name, found in self.reached.items()}
 
-    def unfilled(self) -> dict[str, tuple[int, int]]:
-        """Parameter to elements without a value, and elements in all."""
+    def unfilled(self) -> dict[str, str]:
+        """Parameter to what of it has no value."""
         out = {}
         for name, parameter in self.parameters.items():
             if parameter.numel() == 0 or parameter.is_meta:
                 continue
             key = _key(parameter)
-            if key in self.bytes:
-                missing = int((~_region(self.bytes[key], parameter)).sum()) // parameter.element_size()
-            else:  # given another storage
-                missing = 0 if key in self.sources else parameter.numel()
+            if key not in self.bytes:  # given another storage
                 for source in self.sources.get(key, ()):
                     self.reached[source].add(name)
-            if missing:
-                out[name] = (missing, parameter.numel())
+                if key not in self.sources:
+                    out[name] = "all of it"
+                continue
+            lacking = ~_region(self.bytes[key], parameter)
+            missing = int(lacking.sum()) // parameter.element_size()
+            if not missing:
+                continue
+            out[name] = f"{missing} of {parameter.numel()} elements"
+            experts = [str(i) for i, part in enumerate(lacking) if part.any()] if parameter.dim() == 3 else []
+            if 0 < len(experts) < len(lacking):
+                out[name] += f", in expert {', '.join(experts)}"
         return out
 
     def _write(self, target: Tensor, names: set[str]) -> None:
