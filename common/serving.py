@@ -80,6 +80,13 @@ def shares(processes: int) -> list[list[int]]:
     return [cores[i * each : (i + 1) * each] or cores for i in range(processes)]
 
 
+def own_cores(engine: str, cores: Sequence[int]) -> dict[str, str]:
+    """Environment that keeps one server's worker to ``cores`` of a CPU."""
+    if engine == "vllm":
+        return vllm_cpu_env(cores)
+    return {"SGLANG_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
+
+
 @dataclass
 class EngineServer:
     """A running OpenAI server.

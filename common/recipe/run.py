@@ -27,7 +27,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.installed import installed_version
 from fourfold.common.recipe.options import Roots
 from fourfold.common.recipe.routing import LOCAL, router
-from fourfold.common.serving import EngineServer, free_port, shares, vllm_cpu_env
+from fourfold.common.serving import EngineServer, free_port, own_cores, shares
 
 if TYPE_CHECKING:
     from fourfold.common.recipe.rendering.layout import Layout, Process
@@ -117,8 +117,8 @@ def deployment(of: Layout, logs: Path, port: int = 0) -> Deployment:
             env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port(int(side)))
         if of.gpu:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(str(process.first_gpu + i) for i in range(start.gpus))
-        elif of.engine == "vllm":
-            env = {**vllm_cpu_env(cores), **env}
+        elif len(of.processes) > 1:
+            env = {**own_cores(of.engine, cores), **env}
         log = logs / f"{process.name}.log"
         servers[process.name] = EngineServer(
             of.engine, of.model, log, _without(arguments, "--host", "--port"), env, own, cpu=not of.gpu

@@ -10,8 +10,9 @@ import pytest
 
 from fourfold.common.recipe.launch import engine_of
 from fourfold.common.recipe.loading import Catalogue
-from fourfold.common.recipe.rehearsing.apart import ROLES, Moved
+from fourfold.common.recipe.rehearsing.apart import ROLES
 from fourfold.common.recipe.rehearsing.asking import TOKENS
+from fourfold.common.recipe.rehearsing.moved import Moved
 from fourfold.common.recipe.rehearsing.reference import WITHIN, furthest, reference
 from fourfold.common.recipe.rehearsing.rehearse import Result, proof, rehearse
 from fourfold.common.recipe.rehearsing.replica import continuation, prompts, write_replica
@@ -96,7 +97,7 @@ def test_transports_of_shipped_recipes(known: Catalogue) -> None:
         plan = engine_of(recipe, "vllm")
         for role in ROLES:
             given = plan.roles[role]
-            link = transport(plan, given)
+            link = transport("vllm", plan, role, given)
             used = link.options["kv-transfer-config"]
             assert used["kv_connector"] == "NixlConnector" and used["kv_buffer_device"] == "cpu"
             assert link.env["UCX_TLS"] == "tcp,self"

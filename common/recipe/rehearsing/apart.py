@@ -14,55 +14,16 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.launch import Start, flags, give_settings
 from fourfold.common.recipe.rehearsing import speculation
 from fourfold.common.recipe.rehearsing.asking import Answers, ask
+from fourfold.common.recipe.rehearsing.moved import Moved, counts
 from fourfold.common.recipe.rehearsing.replica import Replica
 from fourfold.common.recipe.rehearsing.substitutions import Substitution, substituted
 from fourfold.common.recipe.rehearsing.transport import described, transport
 from fourfold.common.recipe.routing import router, router_version
 from fourfold.common.recipe.schema import EngineRecipe, HardwareSheet, ModelCard, Recipe, RoleName
-from fourfold.common.serving import EngineServer, free_port, shares, vllm_cpu_env
+from fourfold.common.serving import EngineServer, free_port, own_cores, shares
 
 NOT_APART = {"sglang": "not tried yet"}
 ROLES: tuple[RoleName, RoleName] = ("prefill", "decode")
-SOURCES = {"computed": "local_compute", "cached": "local_cache_hit", "received": "external_kv_transfer"}
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What the servers counted while `requests` were asked, in tokens of the prompts.
-
-    Attributes:
-        prefilled: the prefill server computed.
-        received: the decode server took from it.
-        computed: the decode server computed itself; ``cached``: it had.
-        transfers: ended ones, of ``size`` bytes in all; ``failed`` ones.
-    """
-
-    requests: int
-    prefilled: int
-    received: int
-    computed: int
-    cached: int
-    transfers: int
-    size: int
-    failed: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether decode took every prompt from prefill, but for the last token of each, from which it goes on."""
-        took = 0 < self.received <= self.prefilled and self.computed <= self.requests
-        return took and not self.cached and self.transfers >= self.requests and not self.failed
-
-    @property
-    def detail(self) -> str:
-        """One clause."""
-        total = self.received + self.computed + self.cached
-        took = f"decode took {self.received} of {total} tokens of {self.requests} prompts from prefill"
-        if not self.received:
-            took = f"decode took none of {total} tokens of {self.requests} prompts from prefill"
-        return (
-            f"{took}, in {self.transfers} transfers of {self.size} bytes ({self.failed} failed), and computed "
-            f"{self.computed} itself; prefill computed {self.prefilled}"
-        )
 
 
 @dataclass(frozen=True)
@@ -108,12 +69,12 @@ def pair(recipe: Recipe, plan: EngineRecipe, engine: str, replica: Replica) -> P
     changes: dict[RoleName, list[Substitution]] = {}
     named = plan.router.kind if plan.router else "none"
     kind = named if named in ("vllm-router", "sglang-router") else f"{engine}-router"
-    ran = {"transport": described(), "router": f"{kind} {router_version(kind)}"}
+    ran = {"transport": described(engine), "router": f"{kind} {router_version(kind)}"}
     for name in ROLES:
         role = next(role for found, role in plan.roles.items() if found == name)
         given, variables, replaced = substituted(recipe, engine, plan, name, replica.traits.family)
         used, drafting = speculation.with_replica(engine, given, replica)
-        link = transport(plan, role)
+        link = transport(engine, plan, name, role)
         again = {change.what for change in link.changes} | {*link.options, *link.env}
         options[name], env[name] = used | link.options, variables | link.env
         give_settings(engine, plan, options[name], env[name])
@@ -143,7 +104,7 @@ def answers_apart(
     processes: list[Process] = []
     model = str(replica.model)
     for index, (name, cores) in enumerate(zip(ROLES, shares(len(ROLES)), strict=True)):
-        options, env, port = of.options[name], {**vllm_cpu_env(cores), **of.env[name]}, free_port()
+        options, env, port = of.options[name], {**own_cores(of.engine, cores), **of.env[name]}, free_port()
         log = logs / f"{of.engine}-{name}.log"
         servers[name] = EngineServer(of.engine, model, log, flags(of.engine, options), env, port)
         start = Start(of.engine, name, 0, 0, 1, 1, model, options, env, True, port)
@@ -163,33 +124,10 @@ def answers_apart(
         before.start()
         before.wait(120, lambda line: tick(f"router: {line[:100]}"))
         tick("asking the router")
+        start = counts(of.engine, servers["prefill"], servers["decode"])
         answers = ask(before, speculates, servers["decode"])
-        return answers, moved(servers["prefill"], servers["decode"], len(answers.texts) + 1)
+        end = counts(of.engine, servers["prefill"], servers["decode"])
+        return answers, Moved(len(answers.texts) + 1, **{name: end[name] - start[name] for name in end})
     finally:
         for server in reversed(running):
             server.stop()
-
-
-def moved(prefill: EngineServer, decode: EngineServer, requests: int) -> Moved:
-    """What two servers of vLLM counted since they started."""
-    from fourfold.common.mtp.probe import read_metrics
-
-    of_prefill, of_decode = read_metrics(prefill.url), read_metrics(decode.url)
-
-    def count(samples: Any, name: str, source: str | None = None) -> int:
-        found = (value for (metric, labels), value in samples.items() if metric == name and _is(labels, source))
-        return int(sum(found))
-
-    prompts = {key: count(of_decode, "vllm:prompt_tokens_by_source_total", name) for key, name in SOURCES.items()}
-    return Moved(
-        requests,
-        prefilled=count(of_prefill, "vllm:prompt_tokens_by_source_total", SOURCES["computed"]),
-        **prompts,
-        transfers=count(of_decode, "vllm:nixl_xfer_time_seconds_count"),
-        size=count(of_decode, "vllm:nixl_bytes_transferred_sum"),
-        failed=count(of_decode, "vllm:nixl_num_failed_transfers_total"),
-    )
-
-
-def _is(labels: tuple[tuple[str, str], ...], source: str | None) -> bool:
-    return source is None or ("source", source) in labels

@@ -21,9 +21,10 @@ from fourfold.common.recipe.installed import installed_version
 from fourfold.common.recipe.launch import engine_of, flags, give_settings
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing import speculation
-from fourfold.common.recipe.rehearsing.apart import NOT_APART, Moved, Pair, answers_apart, pair
+from fourfold.common.recipe.rehearsing.apart import NOT_APART, Pair, answers_apart, pair
 from fourfold.common.recipe.rehearsing.asking import LIKELIEST, PROMPTS, TOKENS, Answers, ask
 from fourfold.common.recipe.rehearsing.loading import Loaded, chosen, load
+from fourfold.common.recipe.rehearsing.moved import Moved
 from fourfold.common.recipe.rehearsing.published import known as layout_known
 from fourfold.common.recipe.rehearsing.reference import WITHIN, furthest, reference
 from fourfold.common.recipe.rehearsing.replica import Replica, continuation, prompts, write_replica

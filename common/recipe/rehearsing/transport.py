@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,10 +12,13 @@ from typing import Any
 from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.rehearsing.substitutions import Substitution
 from fourfold.common.recipe.routing import LOCAL
-from fourfold.common.recipe.schema import EngineRecipe, Role
+from fourfold.common.recipe.schema import EngineRecipe, Role, RoleName
 from fourfold.common.serving import free_port
 
-LOOPBACK = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo"}
+UCX = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo"}
+BACKEND, BACKUP = "disaggregation-transfer-backend", "disaggregation-decode-retraction-backup"
+LOOPBACK = "the loopback interface stands for the links"
+TOGETHER = "or rehearse the decode role's options in one server with --together"
 HOST_MEMORY = "the KV cache is in host memory"
 
 
@@ -32,25 +36,46 @@ class Transport:
     changes: list[Substitution] = field(default_factory=list)
 
 
-def described() -> str:
+def described(engine: str) -> str:
     """The transport, in one clause.
 
     Raises:
-        FourfoldError: NIXL is not installed.
+        FourfoldError: its library is not installed, or misses one.
     """
-    if not importlib.util.find_spec("nixl"):
+    if engine == "vllm":
+        if not importlib.util.find_spec("nixl"):
+            raise FourfoldError(f"prefill and decode apart need NIXL: pip install --no-deps nixl nixl-cu13; {TOGETHER}")
+        return f"NIXL {metadata.version('nixl')}, UCX over TCP on the loopback interface, host memory to host memory"
+    try:
+        importlib.import_module("mooncake.engine")
+    except ImportError as error:
         raise FourfoldError(
-            "prefill and decode apart need NIXL: pip install --no-deps nixl nixl-cu13; or rehearse the decode role's "
-            "options in one server with --together"
-        )
-    return f"NIXL {metadata.version('nixl')}, UCX over TCP on the loopback interface, host memory to host memory"
+            f"prefill and decode apart need Mooncake ({error}): pip install mooncake-transfer-engine-non-cuda, and "
+            f"libibverbs of the system; {TOGETHER}"
+        ) from None
+    return "Mooncake, TCP on the loopback interface, host memory to host memory"
 
 
-def transport(plan: EngineRecipe, role: Role) -> Transport:
-    """The transport of a role of a recipe for vLLM; nothing where the role names no connector, as in the deployment."""
-    given = {**plan.args, **role.args}.get("kv-transfer-config")
+def transport(engine: str, plan: EngineRecipe, name: RoleName, role: Role) -> Transport:
+    """The transport of a role; nothing where a recipe for vLLM names no connector, as in the deployment."""
+    asked = {**plan.args, **role.args, **plan.env, **role.env}
+    options, env, why = _vllm(asked) if engine == "vllm" else _sglang(name)
+    changes = []
+    for option, used in {**options, **env}.items():
+        requested = asked.get(option)
+        if requested != used and option in why:
+            given = dict(requested) if isinstance(requested, Mapping) else requested
+            changes.append(Substitution(option, given, used, why[option]))
+    return Transport(options, env, changes)
+
+
+Needed = tuple[dict[str, Any], dict[str, str], dict[str, str]]  # options, variables, why those that replace something
+
+
+def _vllm(asked: Mapping[str, Any]) -> Needed:
+    given = asked.get("kv-transfer-config")
     if not isinstance(given, Mapping):
-        return Transport()
+        return {}, {}, {}
     named = _nixl(given)
     used: dict[str, Any] = {**(named or {"kv_connector": "NixlConnector"}), "kv_buffer_device": "cpu"}
     used.setdefault("kv_role", given.get("kv_role", "kv_both"))
@@ -59,13 +84,19 @@ def transport(plan: EngineRecipe, role: Role) -> Transport:
     why = HOST_MEMORY if named is given else f"{HOST_MEMORY}; of the recipe's connectors NixlConnector alone"
     if named is None:
         why = f"{HOST_MEMORY}; NixlConnector moves it in place of {given.get('kv_connector')}"
-    changes = [] if used == given else [Substitution("kv-transfer-config", dict(given), used, why)]
-    env = LOOPBACK | {"VLLM_NIXL_SIDE_CHANNEL_HOST": LOCAL, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
-    asked = {**plan.env, **role.env}
-    for name, value in LOOPBACK.items():
-        if asked.get(name) != value:
-            changes.append(Substitution(name, asked.get(name), value, "the loopback interface stands for the links"))
-    return Transport({"kv-transfer-config": used}, env, changes)
+    env = UCX | {"VLLM_NIXL_SIDE_CHANNEL_HOST": LOCAL, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+    return {"kv-transfer-config": used}, env, {"kv-transfer-config": why, **dict.fromkeys(UCX, LOOPBACK)}
+
+
+def _sglang(name: RoleName) -> Needed:
+    options: dict[str, Any] = {"disaggregation-mode": name, BACKEND: "mooncake"}
+    why = {BACKEND: f"{HOST_MEMORY}, which Mooncake moves", "MC_FORCE_TCP": LOOPBACK}
+    if name == "prefill":
+        options["disaggregation-bootstrap-port"] = free_port()
+    else:
+        options[BACKUP] = "cpu_tensor"
+        why[BACKUP] = "a pool of requests put back asks CUDA for its memory"
+    return options, {"MC_FORCE_TCP": "1", "MOONCAKE_PROTOCOL": "tcp", "SGLANG_HOST_IP": LOCAL}, why
 
 
 def _nixl(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
