@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ import yaml
 from referencing import Registry, Resource
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.recipe.importing.public import COLLECTIONS, Source, fetched
+from fourfold.common.recipe.importing.public import COLLECTIONS, Source, collections_dir, fetched
 from fourfold.common.settings import cache_dir
 
 Schema = dict[str, Any]
@@ -43,6 +43,7 @@ DRA = Source("NVIDIA/k8s-dra-driver-gpu", "22407113785e78c7763b4637689a201eb39c6
 POOL = Source("kubernetes-sigs/gateway-api-inference-extension", "84436a96b9e6ce2b59ddacd3d04c31b4fbd442de")
 DYNAMO = Source("ai-dynamo/dynamo", "29a131e8e8f2fb69e2d137bc229b36c34ca44a90")
 SRTCTL = next(source for source in COLLECTIONS if source.repository == "NVIDIA/srt-slurm")
+SRTCTL_FILES = ("src/srtctl/core/schema.py", "src/srtctl/backends/vllm.py", "src/srtctl/backends/sglang.py")
 BASES = "config/crd/bases"
 
 
@@ -132,35 +133,44 @@ def closed(schema: Any) -> Any:
 
 
 def _text(source: Source, path: str) -> str | None:
-    folder = _folder(source, path)
+    folder = _folder(source)
     return None if folder is None else (folder / path).read_text()
 
 
 @cache
-def _folder(source: Source, path: str) -> Path | None:
-    """A fetched repository that has the file; it is asked for within seconds, and looked for in the cache first."""
+def _folder(source: Source) -> Path | None:
+    """A fetched repository that has the files that are read of it; the cache is looked at first."""
+    paths = [published.path for published in RESOURCES.values() if published.source == source] or list(SRTCTL_FILES)
     schemas = cache_dir() / "schemas"
-    for there in (schemas, cache_dir() / "collections"):
+    for there in (schemas, collections_dir()):
         folder = there / f"{source.folder}@{source.commit[:12]}"
-        if (folder / path).is_file():
+        if all((folder / path).is_file() for path in paths):
             return folder
+    return obtained(source, schemas, paths)
+
+
+def obtained(source: Source, folder: Path, paths: Sequence[str] = ()) -> Path | None:
+    """A repository fetched below ``folder``; None, with the reason printed: its host does not answer within seconds."""
     if not _answers(source):
         return None
-    mine = [published.path for published in RESOURCES.values() if published.source == source] or [path]
     try:
-        return fetched(source, schemas, paths=mine, patience=20)
+        return fetched(source, folder, paths=paths, patience=20)
     except FourfoldError as error:
         print(error)
         return None
 
 
-@cache
+SILENT: list[str] = []  # the host that said nothing is not asked again
+
+
 def _answers(source: Source) -> bool:
     env = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
     command = ["git", "ls-remote", "--exit-code", source.url, "HEAD"]
     try:
-        return subprocess.run(command, env=env, capture_output=True, timeout=5).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
+        return not SILENT and subprocess.run(command, env=env, capture_output=True, timeout=5).returncode == 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        SILENT.append(str(error))
+        print(f"{source.url}: {error}")
         return False
 
 
@@ -170,7 +180,7 @@ def _answers(source: Source) -> bool:
 def srtctl_fields() -> dict[str, set[str]] | None:
     """Fields of each of srtctl's dataclasses, read from their source and not run; None: it cannot be had here now."""
     out: dict[str, set[str]] = {}
-    for path in ("src/srtctl/core/schema.py", "src/srtctl/backends/vllm.py", "src/srtctl/backends/sglang.py"):
+    for path in SRTCTL_FILES:
         text = _text(SRTCTL, path)
         if text is None:
             return None

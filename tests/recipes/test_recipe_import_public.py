@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from published_schemas import obtained
 from typer.testing import CliRunner
 
 from fourfold.common.cli import app
@@ -198,16 +199,7 @@ def tabled() -> dict[str, dict[str, object]]:
 def available(source: Source) -> Path | None:
     """The collection, from the cache or from GitHub; None: neither has it now."""
     whole = public.collections_dir() / f"{source.folder}@{source.commit[:12]}"
-    if whole.is_dir():
-        return whole
-    env = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-    command = ["git", "ls-remote", "--exit-code", source.url, "HEAD"]
-    try:
-        if subprocess.run(command, env=env, capture_output=True, timeout=5).returncode == 0:
-            return fetched(source, public.collections_dir(), patience=20)
-    except (subprocess.TimeoutExpired, FourfoldError) as error:
-        print(f"{source.repository}: {error}")
-    return None
+    return whole if whole.is_dir() else obtained(source, public.collections_dir())
 
 
 def test_the_public_collections(capsys: pytest.CaptureFixture[str]) -> None:
