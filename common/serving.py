@@ -99,6 +99,7 @@ class EngineServer:
         env: variables on top of this process's.
         port: port to serve on; 0 chooses a free one.
         cpu: add the settings that a machine without a GPU needs.
+        health: route that answers 200 when it can be asked.
     """
 
     engine: str
@@ -108,6 +109,7 @@ class EngineServer:
     env: Mapping[str, str] = field(default_factory=dict)
     port: int = 0
     cpu: bool = True
+    health: str = "/health"
     process: subprocess.Popen[bytes] | None = None
 
     def command(self) -> list[str]:
@@ -163,7 +165,7 @@ class EngineServer:
             if self.process.poll() is not None:
                 raise FourfoldError(f"{self.engine} ended with status {self.process.returncode}\n{self.tail()}")
             try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                with urllib.request.urlopen(self.url + self.health, timeout=5) as answer:
                     if answer.status == 200:
                         return
             except (urllib.error.URLError, ConnectionError, TimeoutError):

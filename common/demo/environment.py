@@ -155,6 +155,20 @@ def sglang() -> Environment:
     env.create()
     env.pip("engine", ["install", "-q", "sglang==0.5.23"])
     env.finish()
+    # Prefill and decode apart. Mooncake asks for libibverbs, which a machine without RDMA lacks; that of NIXL serves.
+    parts = ["mooncake-transfer-engine-non-cuda==0.3.13.post1", "sglang-router==0.3.2", "nixl-cu13==1.5.1"]
+    env.pip("apart", ["install", "-q", "--no-deps", *parts], ["install", "-q", "msgpack"])
+
+    def verbs() -> None:
+        site = next(env.path.glob("lib/python3*/site-packages"))
+        for library in (site / "nixl_cu13.libs").iterdir():
+            if library.name.startswith(("libibverbs-", "libnl-")):
+                name = "libibverbs.so.1" if library.name.startswith("libibverbs-") else library.name
+                link = site / "mooncake_transfer_engine_non_cuda.libs" / name
+                link.unlink(missing_ok=True)
+                link.symlink_to(library)
+
+    env.step("verbs", repr(parts), verbs)
     return env
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fourfold.common.recipe.rendering.layout import Layout
 
 LOCAL = "127.0.0.1"
+READY = "/readiness"  # /health answers before the router knows its servers
 MODULES = {"vllm-router": "vllm_router.launch_router", "sglang-router": "sglang_router.launch_router"}
 
 
@@ -48,7 +49,8 @@ def router(of: Layout, log: Path, port: int) -> RouterServer | None:
     options[options.index("--host") + 1] = LOCAL
     if "--prometheus-port" not in options:
         options += ["--prometheus-port", str(free_port())]
-    return RouterServer(of.engine, of.model, log, port=port, line=[sys.executable, "-m", MODULES[kind], *options])
+    line = [sys.executable, "-m", MODULES[kind], *options]
+    return RouterServer(of.engine, of.model, log, port=port, health=READY, line=line)
 
 
 def router_version(package: str) -> str:

@@ -96,7 +96,7 @@ def _sglang(name: RoleName) -> Needed:
     else:
         options[BACKUP] = "cpu_tensor"
         why[BACKUP] = "a pool of requests put back asks CUDA for its memory"
-    return options, {"MC_FORCE_TCP": "1", "MOONCAKE_PROTOCOL": "tcp", "SGLANG_HOST_IP": LOCAL}, why
+    return options, {"MC_FORCE_TCP": "1", "SGLANG_HOST_IP": LOCAL}, why
 
 
 def _nixl(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
