@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fourfold.common.recipe.schema import ModelCard
 
 OWN_DRAFT = re.compile(r"fourfold/([a-z0-9.-]+)-mtp-(vllm|sglang)")  # a draft directory of one of fourfold's heads
+BOOTSTRAP = "disaggregation-bootstrap-port"
 CPU_BOOT_SECONDS = 900
 
 
@@ -110,6 +111,8 @@ def deployment(of: Layout, logs: Path, port: int = 0) -> Deployment:
     for process, cores in zip(of.processes, shares(len(of.processes)), strict=True):
         own = endpoint if not routed and not processes else free_port()
         options = with_own_drafts(process.start.options, logs / "drafts")
+        if BOOTSTRAP in options:
+            options[BOOTSTRAP] = free_port(int(options[BOOTSTRAP]))
         start = replace(process.start, port=own, options=options)
         arguments = [_local(word, of.model) for word in start.arguments]
         env = {name: _local(value, of.model) for name, value in start.env.items()}

@@ -53,7 +53,8 @@ def described(engine: str) -> str:
             f"prefill and decode apart need Mooncake ({error}): pip install mooncake-transfer-engine-non-cuda, and "
             f"libibverbs of the system; {TOGETHER}"
         ) from None
-    return "Mooncake, TCP on the loopback interface, host memory to host memory"
+    version = next(of.version for of in metadata.distributions() if of.name.startswith("mooncake-transfer-engine"))
+    return f"Mooncake {version}, TCP on the loopback interface, host memory to host memory"
 
 
 def transport(engine: str, plan: EngineRecipe, name: RoleName, role: Role) -> Transport:
@@ -63,7 +64,8 @@ def transport(engine: str, plan: EngineRecipe, name: RoleName, role: Role) -> Tr
     changes = []
     for option, used in {**options, **env}.items():
         requested = asked.get(option)
-        if requested != used and option in why:
+        same = requested == used or (option in env and str(requested) == used)
+        if not same and option in why:
             given = dict(requested) if isinstance(requested, Mapping) else requested
             changes.append(Substitution(option, given, used, why[option]))
     return Transport(options, env, changes)
