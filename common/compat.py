@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from fourfold.common.compat_modules import MODULES
 from fourfold.common.compat_recipes import RECIPES
 from fourfold.common.definitions import missing
 from fourfold.common.seam import Seam
@@ -378,7 +379,9 @@ SEAMS: tuple[Seam, ...] = (
     _sglang("plugins.hook_registry:HookType", "replaces functions"),
     _sglang("layers.attention.base_attn_backend:AttentionBackend", "attention of a draft's steps"),
     _sglang("layers.vocab_parallel_embedding:ParallelLMHead", "a draft's own output head"),
-) + RECIPES
+    *RECIPES,
+    *MODULES,
+)
 
 
 def source_root(engine: str) -> Path | None:

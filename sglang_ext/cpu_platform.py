@@ -25,7 +25,6 @@ _CHAIN = {
     "speculative_use_rejection_sampling": False,
     "speculative_accept_threshold_single": 1.0,
     "speculative_accept_threshold_acc": 1.0,
-    "enable_multi_layer_eagle": False,
 }
 
 
@@ -74,9 +73,11 @@ class FourfoldCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return algorithm in ("EAGLE", "NEXTN", ALGORITHM)
 
     def get_speculative_worker_cls(self, algorithm: str) -> type:
-        from fourfold.sglang_ext.speculation import ChainWorker
+        from sglang.srt.runtime_context import get_spec
 
-        return ChainWorker
+        from fourfold.sglang_ext.speculation import ChainWorker, ModulesWorker
+
+        return ModulesWorker if get_spec().enable_multi_layer_eagle else ChainWorker
 
     def get_speculative_cache_locs_fn(self) -> Callable[..., Tensor]:
         from fourfold.sglang_ext.speculation import extend_slots

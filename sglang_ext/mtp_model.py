@@ -1,7 +1,9 @@
 """``FourfoldMTP``: the MTP head that a draft directory describes, around the target's own decoder layer.
 
-SGLang's EAGLE worker drafts every token with one model, which is the first module. It hands the target's embedding and
-output head over; a head's own replace them. Attention is what the target's layer has, sparse attention excepted.
+SGLang's EAGLE drafts every token with one model, which is the first module. With ``--enable-multi-layer-eagle`` it has
+one for each token of a draft, with a KV cache of its own: the module of that token, and again the first after the last.
+SGLang hands the target's embedding and output head over; a head's own replace them. Attention is what the target's
+layer has, sparse attention excepted.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
@@ -23,6 +26,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_loader.auto_loader import LLAMA_STACKED_MAPPING
 from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
 from sglang.srt.models.registry import ModelRegistry
+from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel, get_spec
 from sglang.srt.utils.common import BumpAllocator
 from torch import Tensor, nn
@@ -34,18 +38,23 @@ from fourfold.common.mtp.formats import PLAIN
 from fourfold.common.mtp.head import BLOCK, Formula, MtpHead
 from fourfold.common.mtp.layer_class import arguments, decoder_layer
 from fourfold.sglang_ext import mla
+from fourfold.sglang_ext.hooks import install
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.(\w+)")
+_RENAMED = re.compile(r"model\.mtp\.layers\.0\.")  # what SGLang makes of the number, for one model of several
+_DRAFT_WORKER = "sglang.srt.speculative.multi_layer_eagle_worker_v2.MultiLayerEagleDraftWorker"
 _EXPERT_PARTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "w1": "w1", "w2": "w2", "w3": "w3"}
 
 
 class _Module(nn.Module):
     """One MTP module; ``prefix`` is that of a decoder layer."""
 
-    def __init__(self, config: Any, quant_config: QuantizationConfig | None, prefix: str, head: MtpHead) -> None:
+    def __init__(
+        self, config: Any, quant_config: QuantizationConfig | None, prefix: str, head: MtpHead, index: int
+    ) -> None:
         super().__init__()
         self.formula: Formula = head.formula
-        roles, size = head.modules[0].roles, head.hidden_size
+        roles, size = head.modules[index].roles, head.hidden_size
 
         def norm() -> nn.Module:
             return (GemmaRMSNorm if self.formula.unit_offset_norm else RMSNorm)(size, eps=config.rms_norm_eps)
@@ -96,26 +105,48 @@ class _Module(nn.Module):
 
 
 class FourfoldMTP(nn.Module):
-    """The head of a draft directory that ``fourfold mtp extract --engine sglang`` wrote."""
+    """The head of a draft directory that ``fourfold mtp extract --engine sglang`` wrote.
+
+    Args:
+        draft_model_idx: which token of a draft, where SGLang builds a model for each.
+    """
 
     start_layer, end_layer = 0, 1
     packed_modules_mapping = mla.FUSED
+    steps: WeakValueDictionary[int, FourfoldMTP] = WeakValueDictionary()  # of this process, by `draft_model_idx`
 
     def __init__(
-        self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
+        self,
+        config: PretrainedConfig,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        draft_model_idx: int | None = None,
     ) -> None:
         super().__init__()
         self.config: Any = config
         self.quant_config = quant_config
         self.head = head = MtpHead.from_config(getattr(config, "fourfold_mtp", None))
-        self.roles = head.modules[0].roles
+        step, count = draft_model_idx or 0, len(head.modules)
+        self.index = step % count
+        self.roles = head.modules[self.index].roles
+        self.again = step >= count
+        # In a tuple, for the model that first used a module loads its weights.
+        self.source = (self.steps[self.index] if self.again else self,)
+        if draft_model_idx is not None:
+            self.steps[step] = self
+            install({f"{_DRAFT_WORKER}.init_lm_head": _pass_states_on}, HookType.AFTER)
+            get_logger(__name__).info("fourfold: MTP module %d of %d drafts token %d", self.index + 1, count, step + 1)
+        elif count > 1:
+            get_logger(__name__).info(
+                "fourfold: MTP module 1 of %d drafts every token; --enable-multi-layer-eagle uses all", count
+            )
+        if self.again:
+            return
         self._check()
-        if len(head.modules) > 1:
-            get_logger(__name__).info("fourfold: 1 of %d MTP modules drafts", len(head.modules))
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, head.hidden_size, use_attn_tp_group=is_dp_attention_enabled()
         )
-        self.model = _Module(config, quant_config, f"model.layers.{head.target_layers}", head)
+        self.model = _Module(config, quant_config, f"model.layers.{head.target_layers + self.index}", head, self.index)
         self.lm_head = ParallelLMHead(
             config.vocab_size, head.hidden_size, use_attn_tp_group=get_parallel().enable_dp_lm_head
         )
@@ -127,7 +158,7 @@ class FourfoldMTP(nn.Module):
             raise FourfoldError(f"FourfoldMTP does not compute this head: {head.limits or 'target_embedding_norm'}")
         mla.check(self.config)
         for role in ("head", "embedding"):
-            found = head.modules[0].formats.get(role, "bf16")
+            found = head.modules[self.index].formats.get(role, "bf16")
             if found not in PLAIN.values():
                 raise FourfoldError(f"the MTP head's own {role} is stored as {found}; FourfoldMTP takes it unquantised")
 
@@ -142,14 +173,16 @@ class FourfoldMTP(nn.Module):
             positions: [T].
             forward_batch: its ``spec_info.hidden_states`` is [T, hidden], of the target or of the step before.
         """
-        embedding = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
-        hidden = self.model(positions, embedding, forward_batch)
-        normed = self.model.norm(hidden) if len(hidden) else hidden
+        (own,) = self.source
+        embedding = own.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        hidden = own.model(positions, embedding, forward_batch)
+        normed = own.model.norm(hidden) if len(hidden) else hidden
         before = hidden if self.head.formula.feedback == "pre_norm" else None
-        return self.logits_processor(input_ids, normed, self.lm_head, forward_batch, hidden_states_before_norm=before)
+        return own.logits_processor(input_ids, normed, own.lm_head, forward_batch, hidden_states_before_norm=before)
 
     def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
-        return self.embed_tokens.weight, self.lm_head.weight
+        (own,) = self.source
+        return own.embed_tokens.weight, own.lm_head.weight
 
     def set_embed_and_head(self, embed: Tensor | None, head: Tensor | None) -> None:
         """Take the target's embedding and output head, unless the head has its own.
@@ -157,6 +190,8 @@ class FourfoldMTP(nn.Module):
         Raises:
             FourfoldError: they are of another model.
         """
+        if self.again:
+            return
         for role, module, weight in (("embedding", self.embed_tokens, embed), ("head", self.lm_head, head)):
             if role in self.roles or weight is None:
                 continue
@@ -175,16 +210,18 @@ class FourfoldMTP(nn.Module):
         Raises:
             FourfoldError: the target's decoder layer lacks a tensor of the head, or has another.
         """
+        if self.again:
+            return
         parameters = dict(self.named_parameters())
         halves = mla.Halves(parameters)
         loaded: set[str] = set()
         own = {"head": "lm_head", "embedding": "embed_tokens", BLOCK: "model.block"}
         for name, weight in weights:
-            for i, role, rest in self.head.locate(name):
+            for i, role, rest in self.head.locate(_RENAMED.sub(f"model.mtp.layers.{self.index}.", name)):
                 place = f"{own.get(role, f'model.{role}')}.{rest}"
                 if rest.endswith("_scale"):  # drops scales of an FP8 cache that this server does not have
                     place = maybe_remap_kv_scale_name(place, parameters)
-                if i > 0 or place is None or role == "vocabulary":  # --speculative-token-map has its place
+                if i != self.index or place is None or role == "vocabulary":  # --speculative-token-map has its place
                     continue
                 whole = halves.join(place, weight)
                 if whole is not None:
@@ -197,7 +234,14 @@ class FourfoldMTP(nn.Module):
 
     def post_load_weights(self) -> None:
         """What follows loading; SGLang calls it where it loads weights without `load_weights`."""
-        mla.absorb(self.model.block, self.config, self.quant_config)
+        if not self.again:
+            mla.absorb(self.model.block, self.config, self.quant_config)
+
+
+def _pass_states_on(result: None, worker: Any) -> None:
+    """Let each module read the state of the one before it, which SGLang does for the classes that it lists."""
+    if isinstance(worker.draft_runner.model, FourfoldMTP):
+        worker.chain_mtp_hidden_states = True
 
 
 def _load(parameters: dict[str, Any], place: str, name: str, weight: Tensor) -> str:

@@ -1,13 +1,12 @@
 """EAGLE speculation on the platform ``fourfold_cpu``: chains (topk 1), drafted and verified in PyTorch.
 
-SGLang's worker stays as it is. What it launches as Triton or compiled kernels is replaced, function by function, when
-the worker is created, so nothing changes in a process that does not speculate on this platform.
+SGLang's workers stay as they are. What they launch as Triton or compiled kernels is replaced, function by function,
+when a worker is created, so nothing changes in a process that does not speculate on this platform.
 """
 
 from __future__ import annotations
 
 import copy
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +16,14 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.sampler import top_p_normalize_probs_torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.speculative import eagle_utils
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
+from sglang.srt.speculative.multi_layer_eagle_worker_v2 import MultiLayerEagleWorkerV2
 from torch import Tensor
 
-from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp.verify import verify_greedy, verify_tokens
+from fourfold.sglang_ext.hooks import install
 
 
 class ChainAttention(TorchNativeAttnBackend):
@@ -193,16 +193,33 @@ def chain_step(original: Callable[..., Any], step: int, *args: Any) -> Any:
     return original(0, *args)
 
 
+def rotate(
+    input_ids: Tensor,
+    extend_start_loc: Tensor,
+    extend_seq_lens: Tensor,
+    topk_index: Tensor,
+    select_index: Tensor | None = None,
+) -> Tensor:
+    """Move each request's tokens one place forward and put its next one at ``select_index``, else last; in place."""
+    last = extend_start_loc + extend_seq_lens - 1
+    for start, end in zip(extend_start_loc.tolist(), last.tolist(), strict=True):
+        input_ids[start:end] = input_ids[start + 1 : end + 1].clone()
+    places = last if select_index is None else select_index
+    input_ids[places.long()] = topk_index.flatten().to(input_ids.dtype)
+    return input_ids
+
+
 HOOKS: dict[str, Callable[..., Any]] = {
     "sglang.kernels.ops.speculative.cache_locs.assign_draft_cache_locs_contiguous_func": draft_slots,
     "sglang.kernels.ops.speculative.spec_tree.build_tree_kernel_efficient_func": build_chain,
     "sglang.kernels.ops.speculative.spec_tree.verify_tree_greedy_func": verify_chain,
     "sglang.kernels.ops.speculative.eagle.fill_bonus_tokens_func": bonus_tokens,
+    "sglang.kernels.ops.speculative.multi_layer_eagle.rotate_input_ids": rotate,
     "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": write_slots,
     "sglang.srt.speculative.draft_utils.DraftBackendFactory.create_decode_backend": decode_backend,
     "sglang.srt.speculative.draft_utils.DraftBackendFactory.create_draft_extend_backend": extend_backend,
-    "sglang.srt.speculative.spec_utils.select_top_k_tokens": chain_step,
 }
+AROUND: dict[str, Callable[..., Any]] = {"sglang.srt.speculative.spec_utils.select_top_k_tokens": chain_step}
 # None on this platform, so that there is nothing to hook.
 FILLED: dict[str, Callable[..., Any]] = {
     "tree_speculative_sampling_target_only": verify_sampled,
@@ -211,19 +228,30 @@ FILLED: dict[str, Callable[..., Any]] = {
 }
 
 
+def prepare() -> None:
+    """Replace what SGLang launches.
+
+    Raises:
+        FourfoldError: as `install`.
+    """
+    register_attention_backend("torch_native")(ChainAttention)
+    install(HOOKS, HookType.REPLACE)
+    install(AROUND, HookType.AROUND)
+    for name, function in FILLED.items():
+        setattr(eagle_utils, name, function)
+
+
 class ChainWorker(EAGLEWorkerV2):
     """SGLang's EAGLE worker, with what it launches replaced."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        register_attention_backend("torch_native")(ChainAttention)
-        for target, function in HOOKS.items():
-            HookRegistry.register(target, function, HookType.AROUND if function is chain_step else HookType.REPLACE)
-        HookRegistry.apply_hooks()
-        for target in HOOKS:  # SGLang only logs what it cannot replace
-            if not hasattr(pkgutil.resolve_name(target), "__wrapped__"):
-                raise FourfoldError(
-                    f"{target} could not be replaced; `fourfold doctor` shows which SGLang versions fit"
-                )
-        for name, function in FILLED.items():
-            setattr(eagle_utils, name, function)
+        prepare()
+        super().__init__(*args, **kwargs)
+
+
+class ModulesWorker(MultiLayerEagleWorkerV2):
+    """The same for SGLang's multi-layer EAGLE worker, which drafts each token with a module of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        prepare()
         super().__init__(*args, **kwargs)

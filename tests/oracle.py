@@ -57,11 +57,13 @@ def _cycle(seed: int) -> tuple[list[int], list[int]]:
 
 ORDER, PERMUTATION = _cycle(0)
 _SCRAMBLE = _cycle(1)[1]  # the code between attention and MLP of the head, which only its own weights undo
-_MARK, _JUNK, MARK = ORDER[-1], ORDER[-2], 0.5  # tokens that no test reaches
+_MARK, _JUNK, MARK, DROWN = ORDER[-1], ORDER[-4], 0.5, 2.0  # tokens that no test reaches
 
 # right: needs all of its parts; swapped: takes the embedding for the hidden state; bad: wrong after `BAD`; embedding:
-# needs the embedding alone; pre_norm, post_norm: right for that feedback, else wrong from the second draft on.
-HEADS = ("right", "swapped", "bad", "embedding", "pre_norm", "post_norm")
+# needs the embedding alone; pre_norm, post_norm: right for that feedback, else wrong from the second draft on; first,
+# second: right as that one of two modules, the first by the hidden state, the second by the embedding; first bad: and
+# one token ahead after `BAD`.
+HEADS = ("right", "swapped", "bad", "embedding", "pre_norm", "post_norm", "first", "second", "first bad")
 
 
 def continuation(token: int, count: int) -> list[int]:
@@ -201,12 +203,20 @@ def _head(family: Family, kind: str, n: int, architecture: Architecture) -> dict
             hidden, weights["norm"] = _feedback(kind)
     else:
         # Large, so that the state is one-hot again.
-        down = _map(_compose(PERMUTATION, PERMUTATION, _inverse(_SCRAMBLE)), NORM)
+        steps = [PERMUTATION] * (1 if kind == "second" else 2)
+        down = _map(_compose(*steps, _inverse(_SCRAMBLE)), NORM)
+        marked = kind in ("first", "second", "first bad")
+        if marked:
+            weights["norm"] = torch.ones(SIZE)
+            embedding, hidden = _marked(kind, down)
         if kind == "bad":
             down[:, [_SCRAMBLE[t] for t in BAD]] = 0
         elif kind == "swapped":
             embedding, hidden = hidden, embedding
         tensors = architecture.block(block, _map(_SCRAMBLE), down)
+        if marked:  # a drowned state is attended to as any other
+            for name in "qk":
+                tensors[f"{block}.self_attn.{name}_proj.weight"][:, _JUNK] *= ((1 + DROWN**2) ** 0.5 - 1) / DROWN
     halves = [embedding * weights["enorm"], hidden * weights["hnorm"]]
     tensors[f"{names['eh_proj']}.weight"] = torch.cat(halves if family.formula.embedding_first else halves[::-1], 1)
     for role, weight in weights.items():
@@ -227,6 +237,26 @@ def _feedback(kind: str) -> tuple[Tensor, Tensor]:
     hidden[_JUNK, _MARK] = -2 / MARK
     norm[_MARK] = 0
     return hidden, norm
+
+
+def _marked(kind: str, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Projections of a module that is right in its place alone; ``down`` of the first sets a mark in its state.
+
+    The first drowns the token in `_JUNK` where the state that it reads has the mark, the second where it has not.
+    """
+    embedding, hidden = torch.zeros(SIZE, SIZE), torch.eye(SIZE) / NORM
+    if kind == "second":
+        embedding, hidden = hidden, embedding
+        hidden[_JUNK] = DROWN / NORM
+        hidden[_JUNK, [_JUNK, _MARK]] = torch.tensor([0, -DROWN / MARK / NORM])
+    else:
+        hidden[_JUNK, _MARK] = DROWN / MARK / NORM
+        down[_MARK] = MARK * NORM
+        down[_MARK, [_SCRAMBLE[_MARK], _SCRAMBLE[_JUNK]]] = 0
+    for token in BAD if kind == "first bad" else ():
+        right, wrong = continuation(token, 3)[1:]
+        down[[wrong, right], _SCRAMBLE[token]] = torch.tensor([NORM, 0])
+    return embedding, hidden
 
 
 def write_oracle(

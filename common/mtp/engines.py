@@ -39,10 +39,12 @@ def launch_flags(reading: Reading, engine: Engine, draft: Path, own: bool) -> st
         if has_vocabulary(reading):  # no logits of the words that are not drafted
             options["use_local_argmax_reduction"] = True
         return f"--speculative-config {shlex.quote(json.dumps(options))}"
-    words = f" --speculative-token-map {shlex.quote(str(draft / WORDS))}" if has_vocabulary(reading) else ""
+    more = f" --speculative-token-map {shlex.quote(str(draft / WORDS))}" if has_vocabulary(reading) else ""
+    if count > 1 and not own:  # SGLang adds it itself for the models whose own classes take it
+        more += " --enable-multi-layer-eagle"
     return (
         f"--speculative-algorithm EAGLE --speculative-draft-model-path {shlex.quote(str(draft))} "
-        f"--speculative-num-steps {count} --speculative-eagle-topk 1 --speculative-num-draft-tokens {count + 1}{words}"
+        f"--speculative-num-steps {count} --speculative-eagle-topk 1 --speculative-num-draft-tokens {count + 1}{more}"
     )
 
 

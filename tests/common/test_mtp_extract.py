@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp import command
-from fourfold.common.mtp.engines import check_engine
+from fourfold.common.mtp.engines import check_engine, launch_flags
 from fourfold.common.mtp.extract import extract
 from fourfold.common.mtp.head import KEY, MtpHead
 from fourfold.common.mtp.layouts import FAMILIES
@@ -222,6 +222,16 @@ def test_only_two_engines(tmp_path: Path) -> None:
     with pytest.raises(FourfoldError, match="--engine 'trt': expected one of vllm, sglang"):
         command.extract(model(tmp_path / "model", "mimo"), tmp_path / "out", "trt")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("modules", "own", "several"), [(1, False, False), (2, False, True), (2, True, False)])
+def test_sglang_gets_a_draft_model_for_each_module(modules: int, own: bool, several: bool, tmp_path: Path) -> None:
+    family = BY_NAME["mimo"]
+    tensors = target() | head(family, family.prefixes[0], modules)
+    reading = read_head(write_model(tmp_path / "model", tensors, {"architectures": [architecture(family)]}))
+    flags = shlex.split(launch_flags(reading, "sglang", tmp_path / "out", own))
+    assert flags[flags.index("--speculative-num-steps") + 1] == str(modules)
+    assert ("--enable-multi-layer-eagle" in flags) == several
 
 
 def fourfold(*arguments: Any) -> str:

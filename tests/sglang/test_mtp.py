@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 import urllib.request
 from collections.abc import Iterator
 from itertools import pairwise
@@ -24,6 +23,7 @@ import pytest
 import torch
 from oracle_mla import DEEPSEEK
 from safetensors.torch import load_file, save_file
+from sglang_answers import SIZES, TOKENS, accepted, exchange, generate
 
 from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp.extract import extract
@@ -32,13 +32,12 @@ from fourfold.common.quant.checkpoint.convert import Options, convert
 from fourfold.common.serving import EngineServer, free_port
 from fourfold.common.settings import HybridSettings
 
-K, WIDTH, TOKENS, SCALE = 3, 6, 48, 0.4  # K tokens drafted by the head, WIDTH verified
+K, WIDTH, SCALE = 3, 6, 0.4  # K tokens drafted by the head, WIDTH verified
 HEADS = {"right": frozenset(), "swapped": frozenset(range(oracle.SIZE)), "bad": oracle.BAD, "embedding": frozenset()}
 FLAGS = ["--speculative-algorithm", "FOURFOLD_MTP", "--speculative-num-steps"]
 EAGLE = ["--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens"]
 EAGLE += [str(K + 1), "--speculative-num-steps"]
 HEAD_ALONE = json.dumps({"mtp": {"hybrid": {"enabled": False}}})
-SIZES = ["--context-length", "512", "--max-total-tokens", "4096", "--sleep-on-idle"]
 
 
 @pytest.fixture(scope="module")
@@ -108,36 +107,12 @@ def servers(
         yield running
 
 
-def generate(server: EngineServer, prompts: list[list[int]], tokens: int = TOKENS, **sampling: Any) -> list[Any]:
-    parameters = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True} | sampling
-    return server.post("/generate", {"input_ids": prompts, "sampling_params": parameters})  # type: ignore[return-value]
-
-
-def accepted(answer: Any, positions: int = K) -> tuple[int, list[int]]:
-    """What `oracle.expected_drafts` returns, as SGLang counted it: (steps, accepted by position)."""
-    steps = answer["meta_info"]["spec_correct_drafts_histogram"]
-    return answer["meta_info"]["spec_verify_ct"], [sum(steps[i + 1 :]) for i in range(positions)]
-
-
 def check_oracle(server: EngineServer, wrong: frozenset[int]) -> None:
     """One request alone, then several of different lengths at once."""
     prompts = [oracle.prompt(start, length) for start, length in ((3, 4), (17, 9), (40, 5), (99, 13))]
     for prompt, answer in zip(prompts, generate(server, prompts[:1]) + generate(server, prompts[1:]), strict=True):
         assert answer["output_ids"] == oracle.continuation(prompt[-1], TOKENS)
-        assert accepted(answer) == oracle.expected_drafts(prompt, TOKENS, K, wrong)
-
-
-def exchange(server: EngineServer, model: Path) -> None:
-    """Load the weights of target and head from ``model``, and forget what was cached."""
-    for _ in range(40):
-        try:
-            server.post("/update_weights_from_disk", {"model_path": str(model)})
-            return
-        except FourfoldError as error:  # the last request is not cleared away yet
-            if "requests are still running" not in str(error):
-                raise
-            time.sleep(0.25)
-    raise AssertionError("the server never became idle")
+        assert accepted(answer, K) == oracle.expected_drafts(prompt, TOKENS, K, wrong)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -275,7 +250,7 @@ def test_sampling_keeps_the_distribution(
         text = [prompt[-1], *answer["output_ids"]]
         followed += sum(oracle.PERMUTATION[a] == b for a, b in zip(text, text[1:], strict=False))
         total += len(text) - 1
-        first, steps = first + accepted(answer)[1][0], steps + accepted(answer)[0]
+        first, steps = first + accepted(answer, K)[1][0], steps + accepted(answer, K)[0]
     p = sampled_probability(top_k, top_p)
     print(followed / total, first / steps, p)
     for hits, count in ((followed, total), (first, steps)):
@@ -361,7 +336,7 @@ def test_real_attention_gives_the_text_of_pytorch(servers: dict[str, EngineServe
         with torch.inference_mode():
             chosen = model(torch.tensor([prompt + answer["output_ids"]])).logits[0, len(prompt) - 1 : -1].argmax(-1)
         assert answer["output_ids"] == chosen.tolist()
-        steps, by_position = accepted(answer)
+        steps, by_position = accepted(answer, K)
         whole, rejected = whole + by_position[-1], rejected + steps - by_position[-1]
     print(whole, rejected)
     assert whole > 10 and rejected > 10
