@@ -12,16 +12,23 @@ import sys
 from collections.abc import Iterator
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from fourfold.common.recipe.check import probe
-from fourfold.common.recipe.rehearsing.placement import NeedsGPU
+from fourfold.common.recipe.rehearsing.placement import Here, NeedsGPU
 from fourfold.common.serving import free_port
 from fourfold.vllm_ext import recipe_probe
 
-BUNDLED = re.compile(r"(vllm\.third_party\.deep_gemm|flashinfer)(\..*)?$")
+BUNDLED = re.compile(r"(vllm\.third_party\.deep_gemm|flashinfer|cutlass|cuda)(\..*)?$")
+IGNORED = ()
+PROCESSORS = 148  # of a B200; no parameter depends on it
+LANGUAGES = ("cutlass", "cuda")  # whose names kernels are written with
+
+FROM_TARGET = ("embed_tokens", "lm_head", "shared_head.head")
+DEFAULTS = ("k_scale", "v_scale", "q_scale", "prob_scale")
 
 
 class Nothing:
@@ -42,6 +49,11 @@ class Kernel:
             raise AttributeError(overload)
         return self
 
+    def __or__(self, other: Any) -> Any:  # where it is a type
+        return other
+
+    __ror__ = __or__
+
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         raise NeedsGPU(f"{self.name} needs a GPU")
 
@@ -51,6 +63,30 @@ def kernel(name: str) -> Kernel:
     if name.rpartition(".")[2].startswith("__"):
         raise AttributeError(name)
     return Kernel(name)
+
+
+class Word(type):
+    """In a language of kernels: its names, decorators and types are all the same class, which does nothing."""
+
+    def __getattr__(cls, name: str) -> Any:
+        return word(name)
+
+    def __getitem__(cls, item: Any) -> Any:
+        return cls
+
+    def __call__(cls, *arguments: Any, **named: Any) -> Any:
+        return cls
+
+
+class Words(metaclass=Word):
+    """See `Word`."""
+
+
+def word(name: str) -> Any:
+    """The class; marks of modules are not words."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return Words
 
 
 class Bundled(Loader, MetaPathFinder):
@@ -63,7 +99,22 @@ class Bundled(Loader, MetaPathFinder):
         return None
 
     def exec_module(self, module: Any) -> None:
-        module.__getattr__ = lambda name: kernel(f"{module.__name__}.{name}")
+        written = module.__name__.partition(".")[0] in LANGUAGES
+        module.__getattr__ = lambda name: word(name) if written else kernel(f"{module.__name__}.{name}")
+
+
+def _properties(device: Any = None) -> Any:
+    """What a driver would say of the machine; layers size their buffers by the number of processors."""
+    machine = recipe_probe.simulation.machine
+    major, minor = machine["capability"]
+    return SimpleNamespace(
+        name=machine["name"],
+        major=major,
+        minor=minor,
+        total_memory=machine["memory"],
+        multi_processor_count=PROCESSORS,
+        shared_memory_per_block_optin=227 << 10,
+    )
 
 
 def _kernels() -> None:
@@ -85,7 +136,7 @@ def _kernels() -> None:
 
 
 def models(request: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, tuple[str, ...]]]:
-    """Role (``target``, ``draft``) and model of each class of the checkpoint, and what it takes from the target."""
+    """Role (``target``, ``draft``) and model of each class of the checkpoint, and parts that need no tensor of it."""
     if request["machine"] is not None:
         os.environ["VLLM_HAS_FLASHINFER_CUBIN"] = "1"  # as in an image for CUDA
     recipe_probe.start(request, probe.load, probe.Refused)
@@ -94,11 +145,15 @@ def models(request: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, tupl
 
         vllm.platforms.current_platform.device_type = "cpu"
         torch.cuda.Stream = torch.cuda.Event = Nothing  # type: ignore[misc,assignment]
+        torch.cuda.get_device_properties = _properties  # type: ignore[assignment]
+        torch.accelerator.current_device_index = lambda: 0
+        torch.accelerator.empty_cache = lambda: None
         sys.meta_path.append(Bundled())
     from vllm.config.vllm import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.v1.worker.workspace import init_workspace_manager
 
     arguments = recipe_probe.parse(request["model"], request["arguments"])
     config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
@@ -106,13 +161,14 @@ def models(request: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, tupl
         _kernels()  # only now: modules ask at import which kernels there are
     address = f"tcp://127.0.0.1:{free_port()}"
     torch.set_default_dtype(config.model_config.dtype)
-    with set_current_vllm_config(config), torch.device("cpu"):
+    with set_current_vllm_config(config), torch.device("cpu"), Here():
         parallel_state.init_distributed_environment(1, 0, address, 0, "gloo")
         parallel_state.ensure_model_parallel_initialized(1, 1)
-        yield "target", initialize_model(config), ()
+        init_workspace_manager(torch.device("cpu"))
+        yield "target", initialize_model(config), DEFAULTS
         speculation = config.speculative_config
         if speculation is not None:
             draft = initialize_model(
                 speculation.apply_draft_overrides(config), model_config=speculation.draft_model_config
             )
-            yield "draft", draft, ("embed_tokens", "lm_head", "shared_head.head")
+            yield "draft", draft, (*FROM_TARGET, *DEFAULTS)

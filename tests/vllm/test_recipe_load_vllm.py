@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.launch import engine_of
 from fourfold.common.recipe.loading import Catalogue
+from fourfold.common.recipe.rehearsing.deepseek_v41 import engram_rows
 from fourfold.common.recipe.rehearsing.loading import Loaded, chosen, load, load_checkpoint
 from fourfold.common.recipe.rehearsing.placement import NeedsGPU, place
 from fourfold.common.recipe.rehearsing.published import Published, shrunken, write_published
@@ -88,11 +89,26 @@ def test_a_checkpoint_with_dspark(known: Catalogue, tmp_path: Path) -> None:
     assert loaded.layers[-1]["layers"] == ["0", "1", "2"]
 
 
+def test_a_checkpoint_with_engrams_and_a_tower(known: Catalogue, tmp_path: Path) -> None:
+    config = known.config("deepseek-v4.1-flash")
+    loaded = load("vllm", config, {"enable-expert-parallel": True}, known.hardware("gb200-nvl72"), {}, tmp_path)
+    assert loaded.ok and loaded.unable is None, loaded
+    assert loaded.classes == ["DeepseekV41ForCausalLM", "DSparkDeepseekV4ForCausalLM"]
+    assert loaded.of == [0, 1, 2, 3, 14, 20, 21, 24]
+    engrams = [layer["layers"] for layer in loaded.layers if "engram" in layer["parts"]]
+    assert engrams == [["1"], ["4"]]
+
+
 def test_kinds_of_layers(known: Catalogue) -> None:
     small, kept = shrunken(known.config("deepseek-v4-flash"))
     assert kept == (0, 2, 3, 4) and small["num_hidden_layers"] == 4
     assert small["compress_ratios"] == [0, 4, 128, 4, 0] and small["num_hash_layers"] == 2
     assert small["head_dim"] == 512 and small["vocab_size"] == 512
+
+
+def test_rows_of_engrams_are_the_published_ones(known: Catalogue) -> None:
+    text = known.config("deepseek-v4.1-flash")["text_config"]
+    assert engram_rows(text) == text["engram_num_embeddings"]
 
 
 def test_an_unknown_layout(known: Catalogue, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def main(request_path: str, answer_path: str) -> None:
                 }
             )
         answer["tensors"] = sorted(tensors)
+        answer["ignored"] = [name for name in sorted(tensors) if any(part in name for part in adapter.IGNORED)]
     except BaseException as error:  # engines end with SystemExit, too
         traceback.print_exc()
         answer["unable"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
@@ -95,7 +96,7 @@ def _common(sets: list[set[str]]) -> set[str]:
 
 
 def _among(name: str, shared: tuple[str, ...]) -> bool:
-    return any(f".{part}." in f".{name}" for part in shared)
+    return any(f".{part}." in f".{name}." for part in shared)
 
 
 def _tensors(model: Path) -> dict[str, Tensor]:

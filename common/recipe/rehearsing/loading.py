@@ -29,7 +29,7 @@ SHOWN = 12  # names in a line
 KEPT: dict[str, frozenset[str]] = {
     "vllm": frozenset(
         "quantization kv-cache-dtype attention-config attention-backend linear-backend moe-backend block-size "
-        "enable-expert-parallel hf-overrides dtype language-model-only".split()
+        "enable-expert-parallel hf-overrides dtype".split()
     ),
     "sglang": frozenset(
         "quantization kv-cache-dtype attention-backend moe-runner-backend fp8-gemm-backend fp4-gemm-backend "
@@ -46,6 +46,21 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "sglang": {"skip-tokenizer-init": True, "context-length": 1024, "max-running-requests": 4},
 }
+SGLANG_DRAFTS: dict[str, dict[str, Any]] = {
+    "mtp": {
+        "speculative-algorithm": "EAGLE",
+        "speculative-num-steps": 1,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": 2,
+    },
+    "dspark": {"speculative-algorithm": "DSPARK"},
+}
+SIMULATED: dict[str, tuple[str, ...]] = {  # what a simulated machine does not have
+    "vllm": (),
+    "sglang": (
+        "SGLang's layers for CUDA: without it SGLang builds those of other platforms, with the same parameters",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -53,12 +68,14 @@ class Loaded:
     """What loading showed.
 
     Attributes:
+        engine: vllm or sglang.
         classes: of the target and of its draft, as the engine names them.
         source: of the checkpoint's names.
         tensors: of the checkpoint; ``parameters``: of all classes.
         missing: parameters of which elements got no value, and how many.
         unused: tensors that no parameter took; ``refused``: those at which a loader raised, and what it raised.
-        shared: parameters of the draft that are the target's.
+        ignored: tensors that an engine reads in other settings alone.
+        shared: parameters that need no tensor: the target's in a draft, scales with a default.
         unfinished: what a loader raised after the last tensor, by its class.
         layers: which classes serve which layers, and how their weights are quantised; ``of``: the model's numbers of
             the checkpoint's layers.
@@ -67,6 +84,7 @@ class Loaded:
         options: of the engine.
     """
 
+    engine: str
     classes: list[str]
     source: str
     tensors: int
@@ -74,6 +92,7 @@ class Loaded:
     missing: dict[str, str]
     unused: list[str]
     refused: dict[str, str]
+    ignored: list[str]
     shared: list[str]
     unfinished: dict[str, str]
     layers: list[dict[str, Any]]
@@ -113,6 +132,8 @@ class Loaded:
         if self.unable:
             return [f"the model's tensors on the engine's own classes: {self.unable}"]
         out = [f"the forward of {name}: it was loaded, and nothing computed" for name in self.classes]
+        out += [f"{name}: an engine reads it in other settings alone" for name in self.ignored]
+        out += SIMULATED[self.engine] if self.simulated else ()
         return out + [f"what {name} makes of its weights then: {why}" for name, why in self.unfinished.items()]
 
     def lines(self) -> list[str]:
@@ -210,13 +231,15 @@ def load_checkpoint(
     else:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or [""]
         answer = {"models": [], "unable": f"{state}: {last[0]}"}
-    return _read(answer, checkpoint, machine, request["arguments"])
+    return _read(engine, answer, checkpoint, machine, request["arguments"])
 
 
 def _drafting(engine: str, checkpoint: Published, given: Mapping[str, Any]) -> dict[str, Any]:
     """Options by which the engine builds the class of the checkpoint's own draft."""
-    if checkpoint.draft is None or engine != "vllm":
+    if checkpoint.draft is None:
         return {}
+    if engine == "sglang":
+        return SGLANG_DRAFTS[checkpoint.draft]
     asked = given.get("speculative-config") or {}
     tokens = int(asked.get("num_speculative_tokens") or 1)
     return {"speculative-config": {"method": checkpoint.draft, "num_speculative_tokens": tokens}}
@@ -229,19 +252,27 @@ def _machine(sheet: HardwareSheet) -> dict[str, Any] | None:
     return {"name": sheet.gpu, "capability": capability, "memory": sheet.memory_bytes, "count": sheet.gpus_per_node}
 
 
-def _read(answer: dict[str, Any], checkpoint: Published, machine: dict[str, Any] | None, options: list[str]) -> Loaded:
+def _read(
+    engine: str,
+    answer: dict[str, Any],
+    checkpoint: Published,
+    machine: dict[str, Any] | None,
+    options: list[str],
+) -> Loaded:
     models = answer["models"]
     taken = {name for model in models for name in model["taken"]}
     refused = {name: why for model in models for name, why in model["refused"].items()}
     whole = answer["unable"] is None
     return Loaded(
+        engine=engine,
         classes=[model["class"] for model in models],
         source=checkpoint.source,
         tensors=checkpoint.tensors,
         parameters=sum(model["parameters"] for model in models),
         missing={name: what for model in models for name, what in model["unfilled"].items()},
-        unused=sorted(set(answer["tensors"]) - taken - set(refused)) if whole else [],
+        unused=sorted(set(answer["tensors"]) - taken - set(refused) - set(answer["ignored"])) if whole else [],
         refused=refused,
+        ignored=[name for name in answer["ignored"] if name not in taken] if whole else [],
         shared=[name for model in models for name in model["shared"]],
         unfinished={model["class"]: model["unfinished"] for model in models if model["unfinished"]},
         layers=[layer | {"model": model["class"]} for model in models for layer in model["layers"]],

@@ -6,22 +6,61 @@ loader makes of them (slices, casts, concatenations). Nothing of the model or of
 
 from __future__ import annotations
 
+import concurrent.futures
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MOST_REFUSED = 24
+NO_GPU = re.compile(r"NVIDIA driver|not compiled with CUDA")
 Load = Callable[[Iterable[tuple[str, Tensor]]], Any]
 
 
 class NeedsGPU(NotImplementedError):
     """A loader asks for a kernel that a processor does not have; it says nothing about a tensor."""
+
+
+class Here(TorchFunctionMode):
+    """What asks for a GPU's memory gets this machine's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+class AtOnce(Executor):
+    """In place of a pool of threads, of which each would have modes of its own."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    def submit(self, fn: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        """Run it now; what it raises is raised here."""
+        done: Future[Any] = Future()
+        done.set_result(fn(*arguments, **named))
+        return done
+
+
+@contextmanager
+def _in_this_thread() -> Iterator[None]:
+    pool = concurrent.futures.ThreadPoolExecutor
+    concurrent.futures.ThreadPoolExecutor = AtOnce  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        concurrent.futures.ThreadPoolExecutor = pool  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -51,11 +90,12 @@ def place(parameters: Mapping[str, Tensor], load: Load, tensors: Mapping[str, Te
         given = {name: tensor for name, tensor in tensors.items() if name not in refused}
         unfinished = None
         try:
-            with watch:
+            with watch, _in_this_thread():
                 load(watch.follow(given))
         except Exception as error:  # a loader raises whatever it likes
             message = f"{type(error).__name__}: {error}"
-            culprit = None if isinstance(error, NeedsGPU) else watch.culprit(error)
+            gpu = isinstance(error, NeedsGPU) or NO_GPU.search(message)
+            culprit = None if gpu else watch.culprit(error)
             if culprit is not None and len(refused) < MOST_REFUSED:
                 refused[culprit] = message
                 continue
@@ -78,6 +118,7 @@ class Watch(TorchDispatchMode):
             self.names[storage.data_ptr()].append(name)
             self.bytes.setdefault(storage.data_ptr(), torch.zeros(storage.nbytes(), dtype=torch.bool))
         self.sources: dict[int, set[str]] = {}  # storage to the tensors that are in it
+        self.number: set[str] = set()  # tensors that the last number was read from
         self.kept: list[Tensor] = []  # so that no storage's address is used again
         self.reached: dict[str, set[str]] = defaultdict(set)
 
@@ -94,6 +135,8 @@ class Watch(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         names = set().union(*(self.sources.get(_key(leaf), ()) for leaf in inputs))
         out = func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.number = names  # which a loader may fill a parameter with
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
                 self._write(value, names)
@@ -105,8 +148,11 @@ class Watch(TorchDispatchMode):
     def culprit(self, error: BaseException) -> str | None:
         """The tensor that a loader had in hand when it raised: the innermost frame's, else the last one given.
 
-        Where it was given all of them, the last one is no sign: loaders raise of what lacks when they are through.
+        Where it was given all of them, only a name that it does not know is a sign, and the last tensor is none:
+        loaders raise of what lacks when they are through.
         """
+        if self.current is None and not isinstance(error, KeyError):
+            return None
         frames = []
         trace = error.__traceback__
         while trace is not None:
@@ -153,8 +199,9 @@ class Watch(TorchDispatchMode):
                 self._taint(target, names)
             return
         _region(self.bytes[key], target).fill_(True)
-        for name in names:
+        for name in names or self.number:
             self.reached[name].update(self.names[key])
+        self.number = set()
 
     def _taint(self, tensor: Tensor, names: set[str]) -> None:
         self.sources[_key(tensor)] = self.sources.get(_key(tensor), set()) | names

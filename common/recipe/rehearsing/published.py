@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourfold.common.errors import FourfoldError
+from fourfold.common.recipe.rehearsing.deepseek_v41 import engram_rows
+from fourfold.common.recipe.rehearsing.formats import Shapes, written
+from fourfold.common.recipe.rehearsing.layouts import LAYOUTS, Layout
+from fourfold.common.recipe.rehearsing.replica import write_tokenizer
 from fourfold.common.recipe.rehearsing.traits import EXPERTS, MTP, PER_TOKEN
 
 if TYPE_CHECKING:
@@ -27,81 +32,22 @@ MOST: dict[str, int] = {
     "moe_intermediate_size": 256,
     "shared_expert_intermediate_size": 256,
     "num_attention_heads": 64,
+    "num_key_value_heads": 64,
     "q_lora_rank": 256,
     "o_lora_rank": 128,
     "vocab_size": 512,
     "max_position_embeddings": 4096,
+    "dspark_n_routed_experts": 8,
+    "engram_vocab_size": 64,
+    "engram_compressed_vocab_size": 246,  # what engines make of the tokenizer
     **dict.fromkeys(EXPERTS, 16),
     **dict.fromkeys(PER_TOKEN, 8),
 }
+MOST_VISION = {"num_hidden_layers": 1, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 256}
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "dspark_noise_token_id")
+ONE = ("candidate_source_layer_id",)  # a layer of a kind of its own
 UP_TO = ("num_hash_layers", "first_k_dense_replace")  # layers below this number are of a kind of their own
-# Tags of a tensor's format, as the dtype that it has until it is written.
-DENSE, EXPERT = "float8_e4m3fn", "int8"
-Shapes = dict[str, tuple[tuple[int, ...], str]]  # name to shape and tag
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a checkpoint differs from transformers' own names.
-
-    Attributes:
-        model_type: transformers' class.
-        strip: prefix that the checkpoint has not.
-        scale: suffix in place of ``weight`` for the scale of a block format.
-        mtp: prefix of an MTP module, ``{n}`` its number; its decoder layer is one of the model's.
-        head: further tensors of an MTP module: name to sizes (keys of the config, or numbers) and tag.
-        dspark: the same where the config names DSpark: of the first stage, and of the last.
-        source: where it was read.
-        repaired: parts of names that the conversions run backwards get wrong, and what the checkpoint has.
-    """
-
-    model_type: str
-    strip: str
-    scale: str
-    mtp: str
-    head: Mapping[str, tuple[tuple[Any, ...], str]]
-    source: str
-    dspark: tuple[Mapping[str, tuple[tuple[Any, ...], str]], ...] = field(default=({}, {}))
-    repaired: tuple[tuple[str, str], ...] = ()
-
-
-_HC = {
-    "hc_head_fn": (("hc_mult", ("hc_mult", "hidden_size")), "float32"),
-    "hc_head_base": (("hc_mult",), "float32"),
-    "hc_head_scale": ((1,), "float32"),
-}
-_NORM = (("hidden_size",), "bfloat16")
-LAYOUTS: dict[str, Layout] = {
-    "DeepseekV4ForCausalLM": Layout(
-        "deepseek_v4",
-        "model.",
-        "scale",
-        "mtp.{n}.",
-        {
-            "e_proj.weight": (("hidden_size", "hidden_size"), DENSE),
-            "h_proj.weight": (("hidden_size", "hidden_size"), DENSE),
-            **{f"{name}.weight": _NORM for name in ("enorm", "hnorm", "norm")},
-            **_HC,
-        },
-        "transformers deepseek_v4 and its conversions; mtp.*: load_weights of vLLM's DeepSeekV4MTP and SGLang's "
-        "DeepseekV4ForCausalLMNextN, DSpark: of both engines' DSpark classes",
-        (
-            {
-                "main_proj.weight": (("hidden_size", ("dspark_targets", "hidden_size")), DENSE),
-                "main_norm.weight": _NORM,
-            },
-            {
-                "norm.weight": _NORM,
-                **_HC,
-                "markov_head.markov_w1.weight": (("vocab_size", "dspark_markov_rank"), "bfloat16"),
-                "markov_head.markov_w2.weight": (("vocab_size", "dspark_markov_rank"), "bfloat16"),
-                "confidence_head.proj.weight": ((1, "confidence"), "float32"),
-            },
-        ),
-        ((".attn.norm.", ".attn.kv_norm."),),  # of two names that become kv_norm
-    ),
-}
+LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.*)")
 
 
 @dataclass(frozen=True)
@@ -145,36 +91,68 @@ def write_published(path: Path, config: Mapping[str, Any]) -> Published:
     if layout is None:
         raise FourfoldError(f"architecture {architecture}: no published layout is known; known: {', '.join(LAYOUTS)}")
     small, layers = shrunken(config)
-    draft = _draft(small)
-    tensors = dict(_written(_shapes(layout, small, draft), layout, small))
+    text = small.get("text_config", small)
+    draft = _draft(text)
+    shapes = _shapes(layout, text, draft)
+    if layout.finish is not None:
+        shapes = layout.finish(small, shapes)
+    tensors = dict(written(shapes, layout.scale, small))
     path.mkdir(parents=True)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     (path / "config.json").write_text(json.dumps(small, indent=1))
+    write_tokenizer(path, text["vocab_size"])
     return Published(path, architecture, layers, len(tensors), draft, layout.source)
 
 
 def shrunken(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
     """The config with small sizes and one layer of each kind, and which layers these are."""
+    if "text_config" in config:
+        text, kept = shrunken(config["text_config"])
+        outer = {key: value for key, value in config.items() if key != "text_config"}
+        vision = {**config.get("vision_config", {}), **MOST_VISION}
+        return {**outer, "text_config": text, **({"vision_config": vision} if "vision_config" in config else {})}, kept
     total = int(config["num_hidden_layers"])
     per_layer = [key for key, value in config.items() if isinstance(value, list) and 0 <= len(value) - total <= 4]
+    ids = [key for key in config if key.endswith("_layer_ids") and key != "dspark_target_layer_ids"]
     kinds: dict[tuple[Any, ...], int] = {}
     for layer in range(total):
-        kind = (*(config[key][layer] for key in per_layer), *(layer < (config.get(key) or 0) for key in UP_TO))
-        kinds.setdefault(kind, layer)
+        lists = (config[key][layer] for key in per_layer)
+        among = (layer in config[key] for key in ids)
+        below = (layer < (config.get(key) or 0) for key in UP_TO)
+        kinds.setdefault((*lists, *among, *below, *(layer == config.get(key) for key in ONE)), layer)
     kept = tuple(kinds.values())
     small = {key: min(value, MOST[key]) if key in MOST and value else value for key, value in config.items()}
     small["num_hidden_layers"] = len(kept)
-    for key in per_layer:
-        small[key] = [config[key][layer] for layer in kept] + config[key][total:]
-    for key in UP_TO:
-        if config.get(key):
-            small[key] = sum(layer < config[key] for layer in kept)
+    small |= {key: [config[key][layer] for layer in kept] + config[key][total:] for key in per_layer}
+    small |= {key: [kept.index(layer) for layer in config[key] if layer in kept] for key in ids}
+    small |= {key: kept.index(config[key]) for key in ONE if config.get(key) in kept}
+    small |= {key: sum(layer < config[key] for layer in kept) for key in UP_TO if config.get(key)}
     for key in TOKENS:
         if isinstance(config.get(key), int):
             small[key] = min(config[key], small["vocab_size"] - 1)
     if config.get("dspark_target_layer_ids"):
         small["dspark_target_layer_ids"] = list(range(len(kept)))[-len(config["dspark_target_layer_ids"]) :]
+    if "indexer_types" in config:  # engines compute which layers share an indexer, unless they are told
+        small["index_topk_pattern"] = "".join("S" if kind == "shared" else "F" for kind in small["indexer_types"])
+    quantised = config.get("quantization_config") or {}
+    if "ignore" in quantised:
+        patterns = (_renumbered(pattern, kept, total) for pattern in quantised["ignore"])
+        small["quantization_config"] = {**quantised, "ignore": [pattern for pattern in patterns if pattern]}
+    if config.get("engram_layer_ids"):
+        small["engram_num_embeddings"] = engram_rows(small)
     return small, kept
+
+
+def _renumbered(pattern: str, kept: tuple[int, ...], total: int) -> str | None:
+    """A pattern of module names for the layers that are left; None: its layer is not."""
+    match = re.search(r"layers\.(\d+)", pattern)
+    if match is None:
+        return pattern
+    layer = int(match[1])
+    if layer < total and layer not in kept:
+        return None
+    number = kept.index(layer) if layer < total else layer - total + len(kept)
+    return pattern[: match.start(1)] + str(number) + pattern[match.end(1) :]
 
 
 def _draft(config: Mapping[str, Any]) -> str | None:
@@ -191,10 +169,9 @@ def _shapes(layout: Layout, config: Mapping[str, Any], draft: str | None) -> Sha
     for name, spec in _model_shapes(layout, config, layers + modules).items():
         for wrong, right in layout.repaired:
             name = name.replace(wrong, right)
-        parts = name.split(".")
-        number = int(parts[1]) if parts[0] == "layers" else -1
-        if number >= layers:  # a decoder layer more, which an MTP module has
-            name = layout.mtp.format(n=number - layers) + ".".join(parts[2:])
+        match = LAYER.fullmatch(name)
+        if match is not None and int(match[1]) >= layers:  # a decoder layer more, which an MTP module has
+            name = _module(layout.block or layout.mtp, int(match[1]) - layers, layers) + match[2]
         out[name] = spec
     for module in range(modules):
         if not stages:
@@ -203,8 +180,12 @@ def _shapes(layout: Layout, config: Mapping[str, Any], draft: str | None) -> Sha
             first, last = layout.dspark
             more = {**(first if module == 0 else {}), **(last if module == stages - 1 else {})}
         for name, (sizes, tag) in more.items():
-            out[layout.mtp.format(n=module) + name] = (tuple(_size(size, config) for size in sizes), tag)
+            out[_module(layout.mtp, module, layers) + name] = (tuple(_size(size, config) for size in sizes), tag)
     return out
+
+
+def _module(prefix: str, number: int, layers: int) -> str:
+    return prefix.format(n=number, layer=layers + number)
 
 
 def _size(size: Any, config: Mapping[str, Any]) -> int:
@@ -229,7 +210,10 @@ def _model_shapes(layout: Layout, config: Mapping[str, Any], layers: int) -> Sha
     for key, value in given.items():
         if isinstance(value, list) and config["num_hidden_layers"] <= len(value) < layers and "layer_ids" not in key:
             given[key] = value + value[-1:] * (layers - len(value))
-    kind = given.pop("model_type")
+    for key, value in layout.unlike.items():
+        given[key] = [value] * layers if isinstance(given.get(key), list) else value
+    kind = layout.model_type
+    given.pop("model_type")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -253,43 +237,3 @@ def _model_shapes(layout: Layout, config: Mapping[str, Any], layers: int) -> Sha
         tagged[name.removeprefix(layout.strip)] = torch.empty(tensor.shape, dtype=dtype, device="meta")
     published = revert_weight_conversion(model, tagged)
     return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in published.items()}
-
-
-def _written(shapes: Shapes, layout: Layout, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Random tensors in the config's formats."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    quantised = config.get("quantization_config") or {}
-    block = quantised.get("weight_block_size")
-    algorithm = str(quantised.get("moe_quant_algo") or config.get("expert_dtype") or "").lower()
-
-    def codes(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        return torch.randint(0, 112, (rows, columns), dtype=torch.uint8, generator=generator).view(dtype)
-
-    for name, (shape, tag) in shapes.items():
-        stem = name.removesuffix("weight")
-        nvfp4 = algorithm == "nvfp4" and not name.startswith("mtp.")
-        if tag == EXPERT and nvfp4:
-            rows, columns = shape
-            yield name, codes(rows, columns // 2, torch.uint8)
-            yield stem + "weight_scale", torch.full((rows, columns // 16), 0.5).to(torch.float8_e4m3fn)
-            yield stem + "weight_scale_2", torch.tensor(2.0**-6)
-            yield stem + "input_scale", torch.tensor(2.0**-6)
-        elif tag == EXPERT and algorithm in ("fp4", "nvfp4"):
-            rows, columns = shape
-            yield name, codes(rows, columns // 2, torch.int8)
-            yield stem + layout.scale, torch.full((rows, columns // 32), 2.0**-6).to(torch.float8_e8m0fnu)
-        elif tag in (DENSE, EXPERT) and block:
-            rows, columns = shape
-            yield name, codes(rows, columns, torch.float8_e4m3fn)
-            scales = torch.full((math.ceil(rows / block[0]), math.ceil(columns / block[1])), 2.0**-8)
-            micro = quantised.get("scale_fmt") == "ue8m0" and algorithm != "fp8"
-            yield stem + layout.scale, scales.to(torch.float8_e8m0fnu) if micro else scales
-        elif tag.startswith(("int", "uint")) and tag != EXPERT:
-            most = next((config[key] for key in EXPERTS if config.get(key)), 1)
-            yield name, torch.randint(0, most, shape, generator=generator).to(getattr(torch, tag))
-        else:
-            dtype = torch.bfloat16 if tag in (DENSE, EXPERT) else getattr(torch, tag)
-            values = torch.randn(shape, generator=generator) * 0.02 + (1.0 if "norm" in name else 0.0)
-            yield name, values.to(dtype)

@@ -251,7 +251,6 @@ def _layer(family: Family, traits: Traits, prefix: str, number: int, generator: 
 def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     path.mkdir(parents=True)
     kept = {
@@ -262,7 +261,14 @@ def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> No
         {name: tensor.contiguous() for name, tensor in kept.items()}, path / "model.safetensors", {"format": "pt"}
     )
     (path / "config.json").write_text(json.dumps(config, indent=1))
-    tokenizer = Tokenizer(models.WordLevel({character(i): i for i in range(SIZE)}, unk_token=character(0)))
+    write_tokenizer(path, SIZE)
+
+
+def write_tokenizer(path: Path, size: int) -> None:
+    """A tokenizer of ``size`` letters, and a chat template, into the directory of a model."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({character(i): i for i in range(size)}, unk_token=character(0)))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     tokenizer.save(str(path / "tokenizer.json"))

@@ -1,0 +1,125 @@
+"""How checkpoints of an architecture name their tensors: what transformers' class and its conversions do not say.
+
+A family is one `Layout`. Sizes are keys of the config, numbers, or products of them in brackets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fourfold.common.recipe.rehearsing.deepseek_v41 import finished
+from fourfold.common.recipe.rehearsing.formats import DENSE, Shapes
+
+Named = Mapping[str, tuple[tuple[Any, ...], str]]  # name to sizes and tag
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint differs from transformers' own names.
+
+    Attributes:
+        model_type: transformers' class.
+        source: where it was read.
+        mtp: prefix of an MTP module, ``{n}`` its number and ``{layer}`` that of the layer after the model's.
+        head: tensors of an MTP module beside its decoder layer, which is one of the model's.
+        strip: prefix that the checkpoint has not.
+        scale: suffix in place of ``weight`` for the scale of a block format.
+        block: prefix of an MTP module's decoder layer; default: ``mtp``.
+        dspark: in place of ``head`` where the config names DSpark: of the first stage, and of the last.
+        repaired: parts of names that the conversions run backwards get wrong, and what the checkpoint has.
+        unlike: what transformers' class is told in place of keys that it does not read as the model does, for every
+            layer where the config has a list; ``finish``: adds what these keys mean.
+    """
+
+    model_type: str
+    source: str
+    mtp: str
+    head: Named
+    strip: str = ""
+    scale: str = "weight_scale_inv"
+    block: str = ""
+    dspark: tuple[Named, Named] = ({}, {})
+    repaired: tuple[tuple[str, str], ...] = ()
+    unlike: Mapping[str, Any] = field(default_factory=dict)
+    finish: Callable[[Mapping[str, Any], Shapes], Shapes] | None = None
+
+
+_NORM = (("hidden_size",), "bfloat16")
+_TABLE = (("vocab_size", "hidden_size"), "bfloat16")
+_TWICE = ("hidden_size", (2, "hidden_size"))
+_HC: Named = {
+    "hc_head_fn": (("hc_mult", ("hc_mult", "hidden_size")), "float32"),
+    "hc_head_base": (("hc_mult",), "float32"),
+    "hc_head_scale": ((1,), "float32"),
+}
+
+
+def _norms(*names: str) -> Named:
+    return {f"{name}.weight": _NORM for name in names}
+
+
+def _dspark(first: str, second: str, more: Named) -> tuple[Named, Named]:
+    """Of two or more stages; the Markov head's factors have other names in other checkpoints."""
+    ranked = (("vocab_size", "dspark_markov_rank"), "bfloat16")
+    return (
+        {"main_proj.weight": (("hidden_size", ("dspark_targets", "hidden_size")), DENSE), **_norms("main_norm")},
+        {
+            **_norms("norm"),
+            f"markov_head.{first}.weight": ranked,
+            f"markov_head.{second}.weight": ranked,
+            "confidence_head.proj.weight": ((1, "confidence"), "float32"),
+            **more,
+        },
+    )
+
+
+_V4: dict[str, Any] = {
+    "model_type": "deepseek_v4",
+    "mtp": "mtp.{n}.",
+    "strip": "model.",
+    "scale": "scale",
+    "repaired": ((".attn.norm.", ".attn.kv_norm."),),  # two names become kv_norm
+}
+_DEEPSEEK: Named = {
+    "eh_proj.weight": (_TWICE, "bfloat16"),
+    **_norms("enorm", "hnorm", "shared_head.norm"),
+    "embed_tokens.weight": _TABLE,
+    "shared_head.head.weight": _TABLE,
+}
+LAYOUTS: dict[str, Layout] = {
+    "DeepseekV4ForCausalLM": Layout(
+        **_V4,
+        source="transformers deepseek_v4 and its conversions; mtp.*: load_weights of vLLM's DeepSeekV4MTP and SGLang's "
+        "DeepseekV4ForCausalLMNextN, DSpark: of both engines' DSpark classes",
+        head={
+            "e_proj.weight": (("hidden_size", "hidden_size"), DENSE),
+            "h_proj.weight": (("hidden_size", "hidden_size"), DENSE),
+            **_norms("enorm", "hnorm", "norm"),
+            **_HC,
+        },
+        dspark=_dspark("markov_w1", "markov_w2", _HC),
+    ),
+    "DeepseekV41ForCausalLM": Layout(
+        **_V4,
+        source="transformers deepseek_v4 for what V4 has; the rest: both engines' classes of V4.1 and their loaders",
+        head={},
+        dspark=_dspark("embed", "head", {}),
+        unlike={"compress_ratios": 0, "num_hash_layers": 0},
+        finish=finished,
+    ),
+    "GlmMoeDsaForCausalLM": Layout(
+        "glm_moe_dsa",
+        "transformers glm_moe_dsa and its conversions; the MTP layer: fourfold's table of layouts (deepseek_v3)",
+        "model.layers.{layer}.",
+        _DEEPSEEK,
+    ),
+    "Qwen3_5MoeForCausalLM": Layout(
+        "qwen3_5_moe_text",
+        "transformers qwen3_5_moe and its conversions; mtp.*: fourfold's table of layouts (qwen3_next)",
+        "mtp.",
+        {"fc.weight": (_TWICE, DENSE), **_norms("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")},
+        block="mtp.layers.{n}.",
+    ),
+}

@@ -1,0 +1,66 @@
+"""DeepSeek V4 on SGLang's own classes: a small checkpoint in its published layout loads whole, a damaged one does not.
+
+SGLang warns of a tensor that it does not know and of a parameter that gets none, and serves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from fourfold.common.recipe.launch import engine_of
+from fourfold.common.recipe.loading import Catalogue
+from fourfold.common.recipe.rehearsing.loading import Loaded, chosen, load_checkpoint
+from fourfold.common.recipe.rehearsing.published import Published, write_published
+
+RECIPE = "deepseek-v4-pro/gb300-disagg-throughput"
+RENAMED, LEFT_OUT = "layers.1.attn.indexer.wq_b.weight", "layers.3.ffn.experts.5.w2.weight"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return write_published(tmp_path_factory.mktemp("pro") / "model", Catalogue().config("deepseek-v4-pro"))
+
+
+def _load(checkpoint: Published, folder: Path) -> Loaded:
+    """As the recipe's decode role would."""
+    known = Catalogue()
+    recipe = known.recipe(RECIPE)
+    given = chosen("sglang", engine_of(recipe, "sglang"), "decode")
+    return load_checkpoint("sglang", checkpoint, given, known.hardware(recipe.hardware), {}, folder)
+
+
+def test_every_tensor_finds_its_parameter(checkpoint: Published, tmp_path: Path) -> None:
+    loaded = _load(checkpoint, tmp_path)
+    assert loaded.ok and loaded.unable is None, loaded
+    assert loaded.classes == ["DeepseekV4ForCausalLM", "DeepseekV4ForCausalLMNextN"] and loaded.simulated == "GB300"
+    assert loaded.tensors > 600 and "all placed" in loaded.detail
+    target = [layer for layer in loaded.layers if layer["model"] == "DeepseekV4ForCausalLM"]
+    assert [("self_attn.indexer" in layer["parts"]) for layer in target] == [False, True, False, True]
+    assert [layer["own"] for layer in target] == [
+        *([["mlp.topk.tid2eid"]] * 2),
+        *([["mlp.gate.e_score_correction_bias"]] * 2),
+    ]
+    assert any("layers for CUDA" in line for line in loaded.not_rehearsed)
+
+
+def test_a_damaged_checkpoint_is_named(checkpoint: Published, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    tensors = load_file(checkpoint.path / "model.safetensors")
+    tensors[RENAMED.replace("wq_b", "wq_bb")] = tensors.pop(RENAMED)
+    del tensors[LEFT_OUT]
+    save_file(tensors, damaged / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (damaged / name).write_text((checkpoint.path / name).read_text())
+    loaded = _load(replace(checkpoint, path=damaged, tensors=len(tensors)), tmp_path)
+    assert not loaded.ok and loaded.unable is None
+    assert [*loaded.refused, *loaded.unused] == [RENAMED.replace("wq_b", "wq_bb")]
+    assert sorted(loaded.missing) == [
+        "model.layers.1.self_attn.indexer.wq_b.weight",
+        "model.layers.3.mlp.experts.w2_weight",
+    ]
+    assert loaded.missing["model.layers.3.mlp.experts.w2_weight"].endswith("in expert 5")
