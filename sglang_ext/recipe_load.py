@@ -8,6 +8,7 @@ build has none. Nothing is computed.
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -21,8 +22,13 @@ from fourfold.common.serving import free_port
 from fourfold.sglang_ext import recipe_probe
 
 FROM_TARGET = ("embed_tokens", "lm_head")
-IGNORED = ("confidence_head.",)  # of DSpark, which is built to verify ragged drafts
-DEFAULTS = ("k_scale", "v_scale")
+# Of DSpark the head that is built to verify ragged drafts, and routes of images, which its loader leaves out; what a
+# head of DeepSeek's layout repeats of the target.
+IGNORED = re.compile(
+    r"mtp\.\d+\.(confidence_head\..*|ffn\.gate\.bias_vl)|"
+    r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight"
+)
+DEFAULTS = ("k_scale", "v_scale", "w13_blockscale_swizzled", "w2_blockscale_swizzled")  # or made of others
 
 
 def _rotation(*arguments: Any, **named: Any) -> Any:

@@ -52,7 +52,7 @@ def main(request_path: str, answer_path: str) -> None:
                 }
             )
         answer["tensors"] = sorted(tensors)
-        answer["ignored"] = [name for name in sorted(tensors) if any(part in name for part in adapter.IGNORED)]
+        answer["ignored"] = [name for name in sorted(tensors) if adapter.IGNORED.fullmatch(name)]
     except BaseException as error:  # engines end with SystemExit, too
         traceback.print_exc()
         answer["unable"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
@@ -64,31 +64,47 @@ def layers(model: nn.Module) -> list[dict[str, Any]]:
 
     ``own`` are parameters of parts that every layer has, which not every layer has (a table of routes, a bias).
     """
-    found = {match[1] or "0": module for name, module in model.named_modules() if (match := LAYER.fullmatch(name))}
-    everywhere = _common([{name for name, _ in module.named_modules()} for module in found.values()])
-    shared = _common([{name for name, _ in module.named_parameters()} for module in found.values()])
+    found = {
+        match[1] or "0": _own(module) for name, module in model.named_modules() if (match := LAYER.fullmatch(name))
+    }
+    everywhere = _common([set(modules) for modules in found.values()])
+    shared = _common([set(_parameters(modules)) for modules in found.values()])
     out: dict[str, dict[str, Any]] = {}
-    for number, module in found.items():
+    for number, modules in found.items():
         parts = {
-            below: type(part).__name__
-            for below, part in module.named_modules()
-            if below and any(True for _ in part.children()) and not type(part).__module__.startswith("torch.")
+            name: type(part).__name__
+            for name, part in modules.items()
+            if name and any(True for _ in part.children()) and not type(part).__module__.startswith("torch.")
         }
         methods = Counter(
             type(part.quant_method).__name__
-            for part in module.modules()
+            for part in modules.values()
             if getattr(part, "quant_method", None) is not None and any(True for _ in part.parameters(recurse=False))
         )
-        names = {name for name, _ in module.named_parameters()} - shared
-        own = sorted(name for name in names if name.rpartition(".")[0] in everywhere)
+        own = sorted(name for name in set(_parameters(modules)) - shared if name.rpartition(".")[0] in everywhere)
         layer = {
-            "class": type(module).__name__,
+            "class": type(modules[""]).__name__,
             "parts": parts,
             "own": own,
             "methods": {name: methods[name] for name in sorted(methods)},
         }
         out.setdefault(json.dumps(layer), layer | {"layers": []})["layers"].append(number)
     return list(out.values())
+
+
+def _own(layer: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a layer by name, without those of another layer that it holds on to."""
+    modules = dict(layer.named_modules())
+    others = tuple(f"{name}." for name, module in modules.items() if name and type(module) is type(layer))
+    return {name: module for name, module in modules.items() if not f"{name}.".startswith(others)}
+
+
+def _parameters(modules: dict[str, nn.Module]) -> list[str]:
+    return [
+        f"{name}.{own}" if name else own
+        for name, part in modules.items()
+        for own, _ in part.named_parameters(recurse=False)
+    ]
 
 
 def _common(sets: list[set[str]]) -> set[str]:

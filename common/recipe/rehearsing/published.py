@@ -134,6 +134,8 @@ def shrunken(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]
         small["dspark_target_layer_ids"] = list(range(len(kept)))[-len(config["dspark_target_layer_ids"]) :]
     if "indexer_types" in config:  # engines compute which layers share an indexer, unless they are told
         small["index_topk_pattern"] = "".join("S" if kind == "shared" else "F" for kind in small["indexer_types"])
+    if "full_attention_interval" in config:
+        small["full_attention_interval"] = len(kept)  # the last kind that the list of layers has is full attention
     quantised = config.get("quantization_config") or {}
     if "ignore" in quantised:
         patterns = (_renumbered(pattern, kept, total) for pattern in quantised["ignore"])
