@@ -36,6 +36,7 @@ KEPT: dict[str, frozenset[str]] = {
         "page-size dtype enable-deepseek-v4-fp4-indexer".split()
     ),
 }
+BACKENDS = {"vllm": ("moe-backend",), "sglang": ("moe-runner-backend",)}  # can need more ranks than one
 OWN: dict[str, dict[str, Any]] = {
     "vllm": {
         "skip-tokenizer-init": True,
@@ -81,7 +82,7 @@ class Loaded:
             the checkpoint's layers.
         unable: why a class could not be built; None: all were.
         simulated: the machine; None: this one.
-        options: of the engine.
+        options: of the engine; ``left_out``: those with which no class could be built, and why.
     """
 
     engine: str
@@ -100,6 +101,7 @@ class Loaded:
     unable: str | None
     simulated: str | None
     options: list[str]
+    left_out: dict[str, str]
 
     @property
     def ok(self) -> bool:
@@ -129,12 +131,15 @@ class Loaded:
     @property
     def not_rehearsed(self) -> list[str]:
         """What loading left out."""
+        without = [f"{option} on the real classes: {why}" for option, why in self.left_out.items()]
         if self.unable:
             return [f"the model's tensors on the engine's own classes: {self.unable}"]
         out = [f"the forward of {name}: it was loaded, and nothing computed" for name in self.classes]
         out += [f"{name}: an engine reads it in other settings alone" for name in self.ignored]
         out += SIMULATED[self.engine] if self.simulated else ()
-        return out + [f"what {name} makes of its weights then: {why}" for name, why in self.unfinished.items()]
+        return (
+            out + without + [f"what {name} makes of its weights then: {why}" for name, why in self.unfinished.items()]
+        )
 
     def lines(self) -> list[str]:
         """Layer by layer, for people."""
@@ -199,7 +204,25 @@ def load_checkpoint(
     """The same with a checkpoint that was written before."""
     options = OWN[engine] | {name: value for name, value in given.items() if name in KEPT[engine]}
     options |= _drafting(engine, checkpoint, given)
-    machine = _machine(sheet)
+    machine, left_out = _machine(sheet), {}
+    answer = _ask(engine, checkpoint, machine, options, env, folder)
+    for name in BACKENDS[engine]:
+        if answer["unable"] and name in options:
+            value = options.pop(name)
+            left_out[f"{name} {value}"] = answer["unable"]
+            answer = _ask(engine, checkpoint, machine, options, env, folder)
+    return _read(engine, answer, checkpoint, machine, flags(engine, options), left_out)
+
+
+def _ask(
+    engine: str,
+    checkpoint: Published,
+    machine: dict[str, Any] | None,
+    options: Mapping[str, Any],
+    env: Mapping[str, str],
+    folder: Path,
+) -> dict[str, Any]:
+    """What `loader` says."""
     request = {
         "engine": engine,
         "model": str(checkpoint.path),
@@ -209,6 +232,7 @@ def load_checkpoint(
     }
     asked, answered, log = folder / "load-request.json", folder / "load-answer.json", folder / f"{engine}-load.log"
     asked.write_text(json.dumps(request))
+    answered.unlink(missing_ok=True)
     command = [sys.executable, "-m", "fourfold.common.recipe.rehearsing.loader", str(asked), str(answered)]
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # An engine keeps what it learns of a model's class; on a simulated machine that is another class.
@@ -227,11 +251,9 @@ def load_checkpoint(
         except subprocess.TimeoutExpired:
             state = f"no answer in {LIMIT:.0f} s"
     if answered.is_file():
-        answer = json.loads(answered.read_text())
-    else:
-        last = log.read_text(errors="replace").strip().splitlines()[-1:] or [""]
-        answer = {"models": [], "unable": f"{state}: {last[0]}"}
-    return _read(engine, answer, checkpoint, machine, request["arguments"])
+        return json.loads(answered.read_text())
+    last = log.read_text(errors="replace").strip().splitlines()[-1:] or [""]
+    return {"models": [], "unable": f"{state}: {last[0]}"}
 
 
 def _drafting(engine: str, checkpoint: Published, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,6 +280,7 @@ def _read(
     checkpoint: Published,
     machine: dict[str, Any] | None,
     options: list[str],
+    left_out: dict[str, str],
 ) -> Loaded:
     models = answer["models"]
     taken = {name for model in models for name in model["taken"]}
@@ -280,4 +303,5 @@ def _read(
         unable=answer["unable"],
         simulated=None if machine is None else str(machine["name"]),
         options=options,
+        left_out=left_out,
     )
