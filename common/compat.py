@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from fourfold.common.compat_deferred import DEFERRED
 from fourfold.common.compat_modules import MODULES
 from fourfold.common.compat_recipes import RECIPES
 from fourfold.common.definitions import missing
@@ -381,6 +382,7 @@ SEAMS: tuple[Seam, ...] = (
     _sglang("layers.vocab_parallel_embedding:ParallelLMHead", "a draft's own output head"),
     *RECIPES,
     *MODULES,
+    *DEFERRED,
 )
 
 

@@ -1,8 +1,11 @@
-"""``--worker-cls fourfold.vllm_ext.adaptive_worker.AdaptiveWorker``: empty steps as long as the other ranks' real ones.
+"""``--worker-cls fourfold.vllm_ext.adaptive_worker.AdaptiveWorker``: steps that draft nothing cost next to nothing.
 
-A data-parallel rank without requests runs an empty batch whenever the others run a real one, so that they can take part
-in each other's collectives. vLLM drafts the length of this rank's last draft there; here the draft model runs as often
-as on the others. With `AdaptiveScheduler`, which says how often that is. vLLM's V1 model runner only.
+With `AdaptiveScheduler`. Where it drafts no tokens, sampling is that of a server without speculation, and the head is
+left out and reads later what it missed (`deferred_head`), unless something forbids: the log says what.
+
+Under data parallelism a rank without requests runs an empty batch whenever the others run a real one, so that they can
+take part in each other's collectives. vLLM drafts the length of this rank's last draft there; here the draft model runs
+as often as on the others. vLLM's V1 model runner only.
 """
 
 from __future__ import annotations
@@ -11,17 +14,40 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
+from fourfold.common.log import get_logger
+
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker
 else:
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
 
+# After the worker: vLLM's worker for CPUs must be the first to load its library.
+from fourfold.vllm_ext.deferred_head import DeferredHead, obstacle, sample_without_drafts
+
 
 class AdaptiveWorker(Worker):
     """The platform's worker, told the length of every step's draft."""
 
+    deferred: DeferredHead | None = None
+
+    def init_device(self) -> None:
+        super().init_device()
+        runner = self.model_runner
+        if self.use_v2_model_runner or not hasattr(runner, "drafter"):  # the last pipeline stage drafts
+            return
+        sample_without_drafts(runner)
+        reason = obstacle(runner)
+        if not reason:
+            self.deferred = DeferredHead(runner)
+        get_logger(__name__).info(
+            "fourfold: in steps without drafts the MTP head %s",
+            f"runs all the same: {reason}" if reason else "is left out, and reads later what it missed",
+        )
+
     def execute_model(self, scheduler_output: Any) -> Any:
         self._draft(scheduler_output.num_spec_tokens_to_schedule)
+        if self.deferred is not None:
+            self.deferred.begin(scheduler_output)
         return super().execute_model(scheduler_output)
 
     def execute_dummy_batch(self, num_spec_tokens: int | None = None) -> None:

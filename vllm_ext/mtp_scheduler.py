@@ -2,7 +2,8 @@
 
 vLLM looks the number up by batch size in a table, ``num_speculative_tokens_per_batch_size`` of the speculative config;
 here `DraftLength` answers instead. The table must be there, so that vLLM prepares for lengths below
-``num_speculative_tokens``: ``[[1, MAX_NUM_SEQS, K]]`` does.
+``num_speculative_tokens``: ``[[1, MAX_NUM_SEQS, K]]`` does. Where drafting does not pay, nothing is drafted; with
+``--worker-cls fourfold.vllm_ext.adaptive_worker.AdaptiveWorker`` that costs next to nothing.
 
 Under data parallelism vLLM drops the table, since its ranks would draft different numbers, and this scheduler is vLLM's
 own. With the setting ``mtp.adaptive_data_parallel`` the ranks agree on one number (`Agreement`) in every
@@ -79,6 +80,11 @@ class AdaptiveScheduler(AsyncScheduler):
             )
         if self.draft_length is not None:
             self.dynamic_sd_lookup = _Lookup(self.draft_length)  # type: ignore[assignment]
+            if self.parallel_config.worker_cls != WORKER:
+                get_logger(__name__).info(
+                    "fourfold: vLLM runs the MTP head also in steps that draft nothing; --worker-cls %s leaves it out",
+                    WORKER,
+                )
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         started = time.perf_counter()

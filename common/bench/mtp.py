@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEDULER = "fourfold.vllm_ext.mtp_scheduler.AdaptiveScheduler"
+ADAPTIVE_WORKER = "fourfold.vllm_ext.adaptive_worker.AdaptiveWorker"
 WORKER = "fourfold.vllm_ext.hybrid_worker.HybridWorker"
 PROMPT_TOKENS = 400  # the longest prompt, with its template
 BLOCK = 32  # tokens of a cached block; the default of CPUs, 128, would cache no prompt of a chat
@@ -105,6 +106,8 @@ class Plan:
         if name == NONE:
             return args
         speculative: dict[str, Any] = {"method": "mtp", "model": str(self.draft), "use_local_argmax_reduction": True}
+        # Else vLLM reads the last cached block of each prompt again, which a chat's prompts have one of.
+        speculative["disable_eagle_block_drop"] = True
         if configuration.weights == "nvfp4":  # a draft directory does not inherit the target's
             speculative["quantization"] = METHOD
         if name == HYBRID:
@@ -115,7 +118,7 @@ class Plan:
         elif name == ADAPTIVE:
             speculative["num_speculative_tokens"] = k = max(self.lengths)
             speculative["num_speculative_tokens_per_batch_size"] = [[1, slots, k]]
-            args += ["--scheduler-cls", SCHEDULER]
+            args += ["--scheduler-cls", SCHEDULER, "--worker-cls", ADAPTIVE_WORKER]
         else:
             speculative["num_speculative_tokens"] = int(name.removeprefix("k="))
         return [*args, "--speculative-config", json.dumps(speculative)]

@@ -70,10 +70,12 @@ def test_flags_of_each_configuration() -> None:
     for weights, target, head in (("bf16", False, False), ("nvfp4", True, True), (MIXED, True, False)):
         configuration = Configuration(weights, fixed(3))
         assert ("--quantization" in PLAN.arguments(configuration)) == target
-        expected = {"method": "mtp", "model": "draft", "num_speculative_tokens": 3, "use_local_argmax_reduction": True}
+        expected = {"method": "mtp", "model": "draft", "num_speculative_tokens": 3}
+        expected |= {"use_local_argmax_reduction": True, "disable_eagle_block_drop": True}
         assert speculative(configuration) == expected | ({"quantization": METHOD} if head else {})
     adaptive = Configuration("bf16", ADAPTIVE)
     assert speculative(adaptive)["num_speculative_tokens_per_batch_size"] == [[1, 8, 3]]
+    assert "fourfold.vllm_ext.adaptive_worker.AdaptiveWorker" in PLAN.arguments(adaptive)
     args = PLAN.arguments(Configuration("nvfp4", HYBRID))
     settings = parse_settings(json.loads(args[args.index("--additional-config") + 1])["fourfold"], "test")
     assert (settings.mtp.hybrid.max_draft, settings.mtp.hybrid.head_tokens) == (8, 2)
