@@ -1,8 +1,8 @@
 """``FourfoldMTP``: the MTP head that a draft directory describes, around the target's own decoder layer.
 
-vLLM's V1 model runner drafts with the first module alone; its V2 runner uses one after the other, and again from the
-first where it drafts more tokens than there are modules. Both share the target's embedding and output head unless the
-head has its own.
+vLLM's V1 model runner drafts with the first module alone, or with `modules_worker` one token with each; its V2 runner
+uses one after the other, and again from the first where it drafts more tokens than there are modules. Both share the
+target's embedding and output head unless the head has its own.
 """
 
 from __future__ import annotations
@@ -39,9 +39,13 @@ FUSED = {
 }
 
 
+MODULES_WORKER = "fourfold.vllm_ext.modules_worker.ModulesWorker"
+
+
 def used_modules(vllm_config: VllmConfig, head: MtpHead) -> int:
     """How many modules the model runner uses."""
-    return min(len(head.modules), vllm_config.num_speculative_tokens) if vllm_config.use_v2_model_runner else 1
+    several = vllm_config.use_v2_model_runner or vllm_config.parallel_config.worker_cls == MODULES_WORKER
+    return min(len(head.modules), vllm_config.num_speculative_tokens) if several else 1
 
 
 def _one_module(vllm_config: VllmConfig) -> bool:
@@ -117,6 +121,7 @@ class FourfoldMTP(nn.Module):
 
     model: Any
     lm_head: Any
+    step = 0  # the step of a draft, where the model runner does not say
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -196,7 +201,7 @@ class FourfoldMTP(nn.Module):
         hidden_states: Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
-        spec_step_idx: int = 0,
+        spec_step_idx: int | None = None,
     ) -> Tensor:
         """One draft step.
 
@@ -204,17 +209,20 @@ class FourfoldMTP(nn.Module):
             input_ids: [T] the tokens after ``positions``.
             positions: [T], or [3, T] with multimodal rotary embedding.
             hidden_states: [T, hidden] of the target or of the step before, at ``positions``.
-            spec_step_idx: the step, hence the module.
+            spec_step_idx: the step, hence the module; None: `step`.
 
         Returns:
             [T, hidden] that the next step takes, and `compute_logits`.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
-        module = self.model.layers[spec_step_idx % self.count]
+        module = self._module(spec_step_idx)
         return module(positions=positions, hidden_states=hidden_states, inputs_embeds=inputs_embeds)
 
-    def compute_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor | None:
+    def _module(self, step: int | None) -> Any:
+        return self.model.layers[(self.step if step is None else step) % self.count]
+
+    def compute_logits(self, hidden_states: Tensor, spec_step_idx: int | None = None) -> Tensor | None:
         """[T, vocabulary] of what `forward` returned."""
         hidden_states = self._normed(hidden_states, spec_step_idx)
         drafted = self._drafted()
@@ -222,21 +230,21 @@ class FourfoldMTP(nn.Module):
             return self.logits_processor(self.lm_head, hidden_states)
         return tensor_model_parallel_all_gather(drafted.logits(hidden_states))[:, : self.config.vocab_size]
 
-    def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
+    def get_top_tokens(self, hidden_states: Tensor, spec_step_idx: int | None = None) -> Tensor:
         """[T] the likeliest words, where ``use_local_argmax_reduction`` is set: without logits of all words."""
         drafted = self._drafted()
         if drafted is None:
-            return self.logits_processor.get_top_tokens(self.lm_head, self._normed(hidden_states))
+            return self.logits_processor.get_top_tokens(self.lm_head, self._normed(hidden_states, spec_step_idx))
         if get_tensor_model_parallel_world_size() > 1:
-            logits = self.compute_logits(hidden_states)
+            logits = self.compute_logits(hidden_states, spec_step_idx)
             assert logits is not None
             return logits.argmax(-1)
-        return drafted.top(self._normed(hidden_states))
+        return drafted.top(self._normed(hidden_states, spec_step_idx))
 
-    def _normed(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor:
+    def _normed(self, hidden_states: Tensor, step: int | None) -> Tensor:
         if self.head.formula.feedback == "post_norm":
             return hidden_states
-        return self.model.layers[spec_step_idx % self.count].norm(hidden_states)
+        return self._module(step).norm(hidden_states)
 
     def _drafted(self) -> DraftVocabulary | None:
         """The draft vocabulary's part of the output head, once vLLM has shared that; None where the head drafts all."""

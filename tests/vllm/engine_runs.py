@@ -91,7 +91,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         name = COUNTERS.get(metric.name)
         if name:
             result[name] = metric.values if hasattr(metric, "values") else metric.value
-    if "worker_cls" in case["options"]:
+    if "HybridWorker" in case["options"].get("worker_cls", ""):
         (result["totals"],) = llm.collective_rpc("draft_totals")
         lines = generate_latest(REGISTRY).decode().splitlines()
         result["metrics"] = [line for line in lines if line.startswith("fourfold:")]

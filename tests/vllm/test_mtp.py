@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import engine_runs
+import oracle_modules
 import pytest
 import torch
 from mtp_models import write_random
-from oracle import BAD, ORDER, SIZE, chi_square, continuation, expected_drafts, probability, prompt, write_oracle
+from oracle import BAD, NORM, ORDER, SIZE, chi_square, continuation, expected_drafts, probability, prompt, write_oracle
 from safetensors.torch import load_file, save_file
 
 from fourfold.common.mtp.extract import extract
@@ -30,6 +31,7 @@ ONE_TOKEN = [[ORDER[0]], TEXTS[1]]
 TOKENS = 30
 EVERY = frozenset(range(SIZE))
 ADAPTIVE = "fourfold.vllm_ext.mtp_scheduler.AdaptiveScheduler"
+EACH = {"worker_cls": "fourfold.vllm_ext.modules_worker.ModulesWorker", "num_speculative_tokens": 2}
 
 
 @dataclass
@@ -69,7 +71,10 @@ class Head:
             tokens = TOKENS
             if masked and len(text) == 1:  # the first draft knows nothing
                 text, tokens, total = prompt(text[0], 2), tokens - 1, total + 1
-            steps, good = expected_drafts(text, tokens, self.k, self.wrong, self.depth)
+            if "worker_cls" in self.options:
+                steps, good = oracle_modules.expected_drafts(text, tokens, self.k, self.kinds)
+            else:
+                steps, good = expected_drafts(text, tokens, self.k, self.wrong, self.depth)
             total, accepted = total + steps, [a + b for a, b in zip(accepted, good, strict=True)]
         return total, accepted
 
@@ -89,8 +94,12 @@ HEADS = {
     "Qwen3-Next": Head(("right",), "qwen3_next"),
     "Qwen3-Next, embedding alone": Head(("embedding",), "qwen3_next", texts=ONE_TOKEN),
     "MiMo": Head(("right",), "mimo"),
-    # The V1 model runner, the only one on a CPU, drafts with the first module.
+    # The V1 model runner, the only one on a CPU, drafts with the first module unless a worker lets it use all.
     "two modules": Head(("right", "swapped"), options={"num_speculative_tokens": 4}),
+    "two modules, of which one drafts": Head(("first", "second"), depth=1, options={"num_speculative_tokens": 2}),
+    "two modules, each its token": Head(("first", "second"), options=EACH),
+    "two modules exchanged": Head(("second", "first"), options=EACH),
+    "two modules, the first wrong after one token in five": Head(("first bad", "second"), options=EACH),
     "quantised while loading": Head(("right",), quantization=NVFP4),
     "NVFP4 checkpoint of ModelOpt layout": Head(("right",), quantization=NVFP4, stored="modelopt"),
     "NVFP4 checkpoint that names fourfold": Head(("right",), stored="fourfold"),
@@ -124,6 +133,7 @@ def serve(head: Head, where: Path, requests: list[dict[str, Any]], scale: float 
     options = dict(head.options)
     speculative = {"method": "mtp", "model": str(where / "draft"), "num_speculative_tokens": K}
     own = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size", "use_local_argmax_reduction")
+    own += ("draft_sample_method",)
     speculative |= {key: options.pop(key) for key in own if key in options}
     speculative |= {"quantization": head.quantization} if head.quantization else {}
     return {"model": str(target), "options": {**options, "speculative_config": speculative}, "requests": requests}
@@ -177,6 +187,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases["crowded"]["requests"][1] |= {"temperature": 1, "top_k": 1}
     cases["crowded"]["requests"][4] |= {"temperature": 1, "top_p": 1e-6}
     cases["sampled"] = serve(Head(("embedding",), options={"max_num_seqs": 64}), folder / "sampled", SAMPLED, SCALE)
+    sampling = {**EACH, "draft_sample_method": "probabilistic", "max_num_seqs": 64}
+    sampled = Head(("embedding", "embedding"), options=sampling)
+    cases["sampled from two modules"] = serve(sampled, folder / "sampled from two", SAMPLED, SCALE)
     for kind in ("swapped", "right"):
         options = {"scheduler_cls": ADAPTIVE, "num_speculative_tokens_per_batch_size": [[1, 8, K]]}
         case = serve(Head((kind,), options=options), folder / f"adaptive {kind}", greedy(TEXTS[:1], 150))
@@ -184,6 +197,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases["another model's"] = altered(cases["right"], "other", target_layers=5)
     cases["not described"] = altered(cases["right"], "none")
     cases["no table"] = {**cases["right"], "options": cases["right"]["options"] | {"scheduler_cls": ADAPTIVE}}
+    more = {**EACH, "num_speculative_tokens": 4}
+    few = serve(Head(("first", "second"), options=more), folder / "few", [])
+    cases["more tokens than modules"] = {**few, "config": {}}
+    cases["a worker for several, without a head"] = {
+        "model": few["model"],
+        "options": {"worker_cls": EACH["worker_cls"]},
+        "config": {},
+    }
     for model_type in ("glm4_moe", "deepseek_v3"):
         cases |= own_and_generic(folder / model_type, model_type)
     # These models are too small for two cores.
@@ -198,10 +219,20 @@ def test_the_output_is_the_targets_and_acceptance_that_of_the_head(runs: dict[st
     assert result["drafted"] == head.k * result["steps"] and result["class"] == "FourfoldMTP"
 
 
+def test_modules_are_accepted_in_their_places(runs: dict[str, Any]) -> None:
+    right = runs["two modules, each its token"]
+    assert right["accepted"] == [right["steps"]] * 2
+    assert runs["two modules exchanged"]["accepted"] == [0, 0]
+    partly = runs["two modules, the first wrong after one token in five"]
+    assert partly["steps"] > partly["accepted"][0] > partly["accepted"][1] > 0
+
+
 def test_the_log_says_how_heads_are_served(runs: dict[str, Any]) -> None:
     logs = {part.partition("\n")[0]: part for part in runs["log"].split("CASE ")}
     assert "fourfold: MTP head mimo around LlamaDecoderLayer, 1 of 1 modules draft" in logs["MiMo"]
-    assert "fourfold: MTP head deepseek_v3 around LlamaDecoderLayer, 1 of 2 modules draft" in logs["two modules"]
+    for name, drafting in (("two modules", 1), ("two modules, each its token", 2)):
+        line = f"fourfold: MTP head deepseek_v3 around LlamaDecoderLayer, {drafting} of 2 modules draft"
+        assert line in logs[name]
     assert "around DeepseekV2DecoderLayer" in logs["generic deepseek_v3"]
     kinds = "5 layers (eh_proj, down_proj, gate_up_proj, o_proj, qkv_proj)"
     for name, origin in (
@@ -230,6 +261,17 @@ def test_sampled_output_follows_the_target(runs: dict[str, Any]) -> None:
     assert abs(accepted / reached - p) < 3 * (p * (1 - p) / reached) ** 0.5
 
 
+def test_drafts_of_two_modules_are_sampled_with_their_probabilities(runs: dict[str, Any]) -> None:
+    result = runs["sampled from two modules"]
+    assert chi_square([request["prompt"] for request in SAMPLED], result["tokens"], SCALE) < 88.0
+    # The norm of a module turns its logits up by the token, so that it is surer than the target.
+    tops = (SCALE * NORM * (1 + torch.arange(SIZE) / SIZE)).exp()
+    surer, p = tops / (tops + SIZE - 1), probability(SCALE)
+    reached, accepted = result["steps"] + result["accepted"][0], sum(result["accepted"])
+    print(accepted / reached)
+    assert abs(accepted / reached - (p + 1 - surer.mean().item())) < 0.03
+
+
 @pytest.mark.parametrize(("kind", "best"), [("swapped", 0), ("right", K)])
 def test_the_draft_length_is_learned(runs: dict[str, Any], kind: str, best: int) -> None:
     result = runs[f"adaptive {kind}"]
@@ -254,6 +296,8 @@ def test_drafts_as_vllms_own_class_does(runs: dict[str, Any], model_type: str) -
     [
         ("another model's", "is the head of a model of 5 layers and hidden size 256; "),
         ("not described", "fourfold_mtp: expected an object, got None; write the draft directory again"),
+        ("more tokens than modules", "ModulesWorker: num_speculative_tokens 4: expected at most the 2 modules"),
+        ("a worker for several, without a head", "ModulesWorker needs a draft directory: `fourfold mtp extract`"),
         ("no table", "--speculative-config needs num_speculative_tokens_per_batch_size, for instance [[1, 8, 3]]"),
     ],
 )
