@@ -64,9 +64,9 @@ def _vllm(options: dict[str, Any], replica: Replica) -> tuple[dict[str, Any], li
 def _sglang(options: dict[str, Any], replica: Replica) -> tuple[dict[str, Any], list[Substitution]]:
     given = {name: value for name, value in options.items() if name.startswith("speculative-")}
     algorithm = str(given["speculative-algorithm"])
-    tokens = given.get("speculative-num-steps")
+    tokens = given.get("speculative-num-steps", given.get("speculative-dspark-block-size"))  # DSpark drafts its block
     if tokens is None:
-        tokens = given.get("speculative-dspark-block-size", given.get("speculative-num-draft-tokens", 4)) - 1
+        tokens = given.get("speculative-num-draft-tokens", 4) - 1
     steps = max(1, min(int(tokens), MOST))
     used: dict[str, Any] = {
         "speculative-algorithm": algorithm if algorithm in SGLANG_KEPT else "EAGLE",
