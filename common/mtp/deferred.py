@@ -111,9 +111,10 @@ class Deferred:
         return not self._blocks.isdisjoint(blocks)
 
     def take(self, text: Text, most: int) -> Iterator[Batch]:
-        """All positions, in batches of at most ``most`` runs; afterwards there are none."""
+        """All positions, in batches of at most ``most`` runs, short ones first; afterwards there are none."""
         self.leave(list(self._runs), text)
-        runs, self._left = self._left, []
+        runs = sorted(self._left, key=lambda run: len(run.rows))  # as an engine's attention wants them
+        self._left = []
         self.count = 0
         self._blocks.clear()
         for i in range(0, len(runs), most):

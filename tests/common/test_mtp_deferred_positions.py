@@ -118,5 +118,5 @@ def test_a_request_whose_positions_have_a_gap_is_read_in_two_runs() -> None:
     deferred.add(["a"], np.array([3]), np.array([1]), table)
     deferred.add(["a"], np.array([9]), np.array([1]), table)
     (batch,) = deferred.take(lambda _, first, end: ([1, 2, 3], list(range(first, end))), 8)
-    assert batch.positions.tolist() == [2, 3, 9] and batch.starts.tolist() == [0, 2, 3]
-    assert batch.lengths.tolist() == [4, 10] and batch.blocks.tolist() == [[1, 0, 0], [1, 2, 3]]
+    assert batch.positions.tolist() == [9, 2, 3] and batch.starts.tolist() == [0, 1, 3]
+    assert batch.lengths.tolist() == [10, 4] and batch.blocks.tolist() == [[1, 2, 3], [1, 0, 0]]
