@@ -22,7 +22,6 @@ from fourfold.common.recipe.routing import router, router_version
 from fourfold.common.recipe.schema import EngineRecipe, HardwareSheet, ModelCard, Recipe, RoleName
 from fourfold.common.serving import EngineServer, free_port, own_cores, shares
 
-NOT_APART: dict[str, str] = {}
 ROLES: tuple[RoleName, RoleName] = ("prefill", "decode")
 
 

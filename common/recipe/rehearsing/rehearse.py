@@ -21,7 +21,7 @@ from fourfold.common.recipe.installed import installed_version
 from fourfold.common.recipe.launch import engine_of, flags, give_settings
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing import speculation
-from fourfold.common.recipe.rehearsing.apart import NOT_APART, Pair, answers_apart, pair
+from fourfold.common.recipe.rehearsing.apart import Pair, answers_apart, pair
 from fourfold.common.recipe.rehearsing.asking import LIKELIEST, PROMPTS, TOKENS, Answers, ask
 from fourfold.common.recipe.rehearsing.loading import Loaded, chosen, load
 from fourfold.common.recipe.rehearsing.moved import Moved
@@ -139,7 +139,7 @@ def rehearse(
         used, more = speculation.with_replica(engine, options, replica)
         give_settings(engine, plan, used, env)
         changes += more
-        if plan.disaggregated and not together and engine not in NOT_APART:
+        if plan.disaggregated and not together:
             both = pair(recipe, plan, engine, replica)
             changes, log = both.changes, folder / f"{engine}-decode.log"
             sheet = known.hardware(recipe.hardware)
@@ -161,7 +161,7 @@ def rehearse(
     checks += _fourfold(used, log)
     itself = traits.exact and card.id == recipe.model
     loaded = None if itself else _load(known, recipe, plan, engine, env, folder, tick)
-    if loaded is not None and loaded.unable is None:
+    if loaded is not None and loaded.classes:
         checks.append(Rehearsed("load", loaded.ok, loaded.detail))
     if _reads_drafts(plan, used):
         checks.append(_text(answers))
@@ -172,7 +172,7 @@ def rehearse(
         _described(recipe, card.id, replica),
         checks,
         changes,
-        _not_rehearsed(recipe, plan, engine, replica, both, loaded),
+        _not_rehearsed(recipe, plan, replica, both, loaded),
         None if both is None else both.ran,
         without or answers,
         loaded,
@@ -301,7 +301,7 @@ def _described(recipe: Recipe, card: str, replica: Replica) -> dict[str, Any]:
 
 
 def _not_rehearsed(
-    recipe: Recipe, plan: EngineRecipe, engine: str, replica: Replica, both: Pair | None, loaded: Loaded | None
+    recipe: Recipe, plan: EngineRecipe, replica: Replica, both: Pair | None, loaded: Loaded | None
 ) -> list[str]:
     traits, out = replica.traits, []
     if recipe.rehearsal and recipe.rehearsal.proxy and recipe.rehearsal.proxy != recipe.model:
@@ -312,10 +312,8 @@ def _not_rehearsed(
     if loaded is not None:
         out += loaded.not_rehearsed
     if plan.disaggregated and both is None:
-        reason = f" ({NOT_APART[engine]})" if engine in NOT_APART else ""
         out.append(
             "prefill and decode apart: the decode role ran as one server; transfer of the KV cache, prefill's args"
-            + reason
         )
     if both is not None:
         out += both.not_rehearsed

@@ -17,6 +17,7 @@ from fourfold.common.serving import free_port
 
 UCX = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo"}
 BACKEND, BACKUP = "disaggregation-transfer-backend", "disaggregation-decode-retraction-backup"
+CP_RANKS = "SGLANG_DISAGGREGATION_ALL_CP_RANKS_TRANSFER"
 LOOPBACK = "the loopback interface stands for the links"
 TOGETHER = "or rehearse the decode role's options in one server with --together"
 HOST_MEMORY = "the KV cache is in host memory"
@@ -53,7 +54,7 @@ def described(engine: str) -> str:
             f"prefill and decode apart need Mooncake ({error}): pip install mooncake-transfer-engine-non-cuda, and "
             f"libibverbs of the system; {TOGETHER}"
         ) from None
-    version = next(of.version for of in metadata.distributions() if of.name.startswith("mooncake-transfer-engine"))
+    version = next(of.version for of in metadata.distributions() if str(of.name).startswith("mooncake-transfer-engine"))
     return f"Mooncake {version}, TCP on the loopback interface, host memory to host memory"
 
 
@@ -93,12 +94,15 @@ def _vllm(asked: Mapping[str, Any]) -> Needed:
 def _sglang(name: RoleName) -> Needed:
     options: dict[str, Any] = {"disaggregation-mode": name, BACKEND: "mooncake"}
     why = {BACKEND: f"{HOST_MEMORY}, which Mooncake moves", "MC_FORCE_TCP": LOOPBACK}
+    env = {"MC_FORCE_TCP": "1", "SGLANG_HOST_IP": LOCAL}
     if name == "prefill":
         options["disaggregation-bootstrap-port"] = free_port()
+        env[CP_RANKS] = "1"
+        why[CP_RANKS] = "one rank sends the same pages, and CUDA does not have to pin their numbers"
     else:
         options[BACKUP] = "cpu_tensor"
-        why[BACKUP] = "a pool of requests put back asks CUDA for its memory"
-    return options, {"MC_FORCE_TCP": "1", "SGLANG_HOST_IP": LOCAL}, why
+        why[BACKUP] = "the pool for requests that are put back asks CUDA for its memory"
+    return options, env, why
 
 
 def _nixl(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
