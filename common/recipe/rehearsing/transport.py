@@ -21,6 +21,7 @@ CP_RANKS = "SGLANG_DISAGGREGATION_ALL_CP_RANKS_TRANSFER"
 LOOPBACK = "the loopback interface stands for the links"
 TOGETHER = "or rehearse the decode role's options in one server with --together"
 HOST_MEMORY = "the KV cache is in host memory"
+LEASE = {"kv_lease_duration": 300}  # seconds that prefill keeps a cache; servers that share cores can take over 30
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,15 @@ def _vllm(asked: Mapping[str, Any]) -> Needed:
         return {}, {}, {}
     named = _nixl(given)
     used: dict[str, Any] = {**(named or {"kv_connector": "NixlConnector"}), "kv_buffer_device": "cpu"}
+    used["kv_connector_extra_config"] = {**LEASE, **used.get("kv_connector_extra_config", {})}
     used.setdefault("kv_role", given.get("kv_role", "kv_both"))
     if "kv_load_failure_policy" in given:
         used.setdefault("kv_load_failure_policy", given["kv_load_failure_policy"])
-    why = HOST_MEMORY if named is given else f"{HOST_MEMORY}; of the recipe's connectors NixlConnector alone"
+    why = (
+        f"{HOST_MEMORY}, and a processor slow"
+        if named is given
+        else f"{HOST_MEMORY}; of the recipe's connectors NixlConnector alone"
+    )
     if named is None:
         why = f"{HOST_MEMORY}; NixlConnector moves it in place of {given.get('kv_connector')}"
     env = UCX | {"VLLM_NIXL_SIDE_CHANNEL_HOST": LOCAL, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
