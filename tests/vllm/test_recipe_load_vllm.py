@@ -56,6 +56,7 @@ def test_every_tensor_finds_its_parameter(known: Catalogue, pro: Published, tmp_
     ]
     assert all(layer["methods"]["Fp8LinearMethod"] >= 6 for layer in loaded.layers)
     assert all("embed_tokens" in name or "shared_head.head" in name for name in loaded.shared)
+    assert any(line.startswith("DeepseekV4ForCausalLM layer 3 (the model's 4): ") for line in loaded.lines())
     # The recipe's own experts pack their weights with a kernel once they have them.
     assert all("deep_gemm" in why for why in loaded.unfinished.values()) and len(loaded.unfinished) == 2
 
@@ -91,7 +92,8 @@ def test_a_checkpoint_with_dspark(known: Catalogue, tmp_path: Path) -> None:
 
 def test_a_checkpoint_with_engrams_and_a_tower(known: Catalogue, tmp_path: Path) -> None:
     config = known.config("deepseek-v4.1-flash")
-    loaded = load("vllm", config, {"enable-expert-parallel": True}, known.hardware("gb200-nvl72"), {}, tmp_path)
+    given = {"enable-expert-parallel": True, "moe-backend": "deep_gemm_mega_moe"}  # which packs before the tower loads
+    loaded = load("vllm", config, given, known.hardware("gb200-nvl72"), {}, tmp_path)
     assert loaded.ok and loaded.unable is None, loaded
     assert loaded.classes == ["DeepseekV41ForCausalLM", "DSparkDeepseekV4ForCausalLM"]
     assert loaded.of == [0, 1, 2, 3, 14, 20, 21, 24]

@@ -105,23 +105,24 @@ class Loaded:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing lacked and nothing was left over; also where a class could not be built."""
+        """Whether nothing lacked and nothing was left over, of the classes that could be built."""
         return not (self.missing or self.unused or self.refused)
 
     @property
     def detail(self) -> str:
         """One clause."""
-        if self.unable:
-            return f"not on {' and '.join(self.classes) or 'the real classes'}: {self.unable}"
+        if not self.classes:
+            return f"not on the real classes: {self.unable}"
         counted = f"{' and '.join(self.classes)}: {self.parameters} parameters, {self.tensors} tensors"
-        if self.ok:
-            return f"{counted}, all placed"
         found = {
             "no weight for": [f"{name} ({what})" for name, what in self.missing.items()],
             "no parameter took": self.unused,
             "refused": [f"{name} ({why})" for name, why in self.refused.items()],
         }
-        return "; ".join([counted, *(f"{what} {_some(names)}" for what, names in found.items() if names)])
+        parts = [counted, *(f"{what} {_some(names)}" for what, names in found.items() if names)]
+        if self.unable:
+            parts.append(f"another class was not built: {self.unable}")
+        return "; ".join(parts) if len(parts) > 1 else f"{counted}, all placed"
 
     @property
     def where(self) -> str:
@@ -132,20 +133,20 @@ class Loaded:
     def not_rehearsed(self) -> list[str]:
         """What loading left out."""
         without = [f"{option} on the real classes: {why}" for option, why in self.left_out.items()]
-        if self.unable:
-            return [f"the model's tensors on the engine's own classes: {self.unable}"]
-        out = [f"the forward of {name}: it was loaded, and nothing computed" for name in self.classes]
+        out = [f"the model's tensors on the engine's own classes: {self.unable}"] if self.unable else []
+        out += [f"the forward of {name}: it was loaded, and nothing computed" for name in self.classes]
         out += [f"{name}: an engine reads it in other settings alone" for name in self.ignored]
         out += SIMULATED[self.engine] if self.simulated else ()
-        return (
-            out + without + [f"what {name} makes of its weights then: {why}" for name, why in self.unfinished.items()]
-        )
+        out += [f"what {name} makes of its weights then: {why}" for name, why in self.unfinished.items()]
+        return out + without
 
     def lines(self) -> list[str]:
         """Layer by layer, for people."""
         out = []
         for layer in self.layers:
             numbers = ", ".join(layer["layers"])
+            if layer["model"] == self.classes[0]:
+                numbers += f" (the model's {', '.join(str(self.of[int(number)]) for number in layer['layers'])})"
             parts = ", ".join(f"{name} {kind}" for name, kind in layer["parts"].items())
             methods = ", ".join(f"{count} {name}" for name, count in layer["methods"].items())
             own = f", with {', '.join(layer['own'])}" if layer["own"] else ""

@@ -83,23 +83,32 @@ class Placed:
 
 
 def place(parameters: Mapping[str, Tensor], load: Load, tensors: Mapping[str, Tensor]) -> Placed:
-    """Have ``load`` read ``tensors``; where it raises at one, once more without that one."""
+    """Have ``load`` read ``tensors``.
+
+    Where it raises at one of them, it begins anew without that one; where it asks for a GPU, it goes on with those that
+    it has not placed.
+    """
     refused: dict[str, str] = {}
+    watch, unfinished = Watch(parameters), None
+    left = dict(tensors)
     while True:
-        watch = Watch(parameters)
-        given = {name: tensor for name, tensor in tensors.items() if name not in refused}
-        unfinished = None
         try:
             with watch, _in_this_thread():
-                load(watch.follow(given))
+                load(watch.follow(left))
         except Exception as error:  # a loader raises whatever it likes
             message = f"{type(error).__name__}: {error}"
-            gpu = isinstance(error, NeedsGPU) or NO_GPU.search(message)
+            gpu = isinstance(error, NeedsGPU) or NO_GPU.search(message) is not None
             culprit = None if gpu else watch.culprit(error)
             if culprit is not None and len(refused) < MOST_REFUSED:
                 refused[culprit] = message
+                watch, unfinished = Watch(parameters), None
+                left = {name: tensor for name, tensor in tensors.items() if name not in refused}
                 continue
-            unfinished = message
+            unfinished = unfinished or message
+            rest = {name: tensor for name, tensor in left.items() if name not in watch.reached}
+            if gpu and len(rest) < len(left):
+                left = rest
+                continue
         return Placed(len(parameters), watch.taken(), watch.unfilled(), refused, unfinished)
 
 

@@ -1,8 +1,8 @@
 """A small checkpoint in the published layout of a model's own architecture: names, dtypes, formats, kinds of layers.
 
 Names and shapes come from transformers' class of the architecture and the conversions by which it reads the published
-checkpoint, run backwards; those of MTP and DSpark heads, which transformers skips, from the table here. The layers are
-the first of each kind that the config names. Numbers are random; the files are what an engine's loader sees.
+checkpoint, run backwards; what transformers does not say, MTP and DSpark heads above all, from `layouts`. The layers
+are the first of each kind that the config names. Numbers are random; the files are what an engine's loader sees.
 """
 
 from __future__ import annotations
