@@ -54,6 +54,7 @@ def test_every_tensor_finds_its_parameter(known: Catalogue, pro: Published, tmp_
         *([["ffn.gate.tid2eid"]] * 2),
         *([["ffn.gate.e_score_correction_bias"]] * 2),
     ]
+    assert all(layer["parts"]["ffn.experts"] == "DeepseekV4MegaMoEExperts" for layer in target)
     assert all(layer["methods"]["Fp8LinearMethod"] >= 6 for layer in loaded.layers)
     assert all("embed_tokens" in name or "shared_head.head" in name for name in loaded.shared)
     assert any(line.startswith("DeepseekV4ForCausalLM layer 3 (the model's 4): ") for line in loaded.lines())

@@ -74,7 +74,7 @@ def layers(model: nn.Module) -> list[dict[str, Any]]:
         parts = {
             name: type(part).__name__
             for name, part in modules.items()
-            if name and any(True for _ in part.children()) and not type(part).__module__.startswith("torch.")
+            if name and _says_much(part) and not type(part).__module__.startswith("torch.")
         }
         methods = Counter(
             type(part.quant_method).__name__
@@ -90,6 +90,11 @@ def layers(model: nn.Module) -> list[dict[str, Any]]:
         }
         out.setdefault(json.dumps(layer), layer | {"layers": []})["layers"].append(number)
     return list(out.values())
+
+
+def _says_much(part: nn.Module) -> bool:
+    """Whether a part has parts, or holds experts."""
+    return any(True for _ in part.children()) or any(p.dim() == 3 for p in part.parameters(recurse=False))
 
 
 def _own(layer: nn.Module) -> dict[str, nn.Module]:
