@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 
 from fourfold.common.compat_deferred import DEFERRED
+from fourfold.common.compat_mla import MLA
 from fourfold.common.compat_modules import MODULES
 from fourfold.common.compat_recipes import RECIPES
 from fourfold.common.definitions import missing
@@ -28,8 +29,6 @@ _DRAFT_WORKER = "SGLang lets a registered algorithm choose its draft worker"
 _SCHEDULER = "vLLM lets a plugin choose the draft length"
 _RANKS = "vLLM's dynamic speculation works under data parallelism"
 _DRAFTER = "vLLM lets a plugin draft beside an MTP head"
-_LAYER = "models.deepseek_v2:DeepseekV2AttentionMLA"
-_MLA = "SGLang's MLA layers load and absorb their weights themselves"
 _LOADER = "the engine offers quantisation methods a loader without naming their class"
 
 
@@ -336,35 +335,6 @@ SEAMS: tuple[Seam, ...] = (
         "logits, and the state that the next draft step gets",
         ("input_ids", "hidden_states", "lm_head", "logits_metadata", "hidden_states_before_norm"),
     ),
-    _sglang(
-        "models.deepseek_common.attention_backend_handler:AttentionBackendRegistry.register",
-        "absorbed MLA attention on a CPU",
-        ("backend_name", "handler_func"),
-        "SGLang's PyTorch attention has a handler for MLA",
-    ),
-    _sglang(
-        "models.deepseek_common.attention_forward_methods.forward_methods:AttnForwardMethod.MLA",
-        "absorbed MLA attention on a CPU",
-        until="SGLang's PyTorch attention has a handler for MLA",
-    ),
-    _sglang("platforms.interface:SRTPlatform.init_backend", "registers it"),
-    _sglang(
-        "models.deepseek_common.deepseek_weight_loader:DeepseekV2WeightLoaderMixin.post_load_weights",
-        "makes the absorbed weights of a draft's MLA layer; called on what it reads of a model",
-        ("is_nextn",),
-        _MLA,
-    ),
-    _sglang(f"{_LAYER}.w_kc", "tells a layer that has them", until=_MLA),
-    _sglang(f"{_LAYER}.fused_qkv_a_proj_with_mqa", "loads the two projections that it fuses", until=_MLA),
-    _sglang(f"{_LAYER}.kv_b_proj", "whether they can be made", until=_MLA),
-    _sglang(
-        "models.deepseek_nextn:DeepseekV3ForCausalLMNextN",
-        "named in a draft's config beside its own class, by which SGLang tells MLA",
-        until="SGLang tells MLA by a draft's config",
-    ),
-    _sglang(
-        "utils.common:BumpAllocator.__init__", "what an MLA layer is called with", ("buffer_size", "dtype", "device")
-    ),
     _sglang("model_loader.auto_loader:LLAMA_STACKED_MAPPING", "loads fused layers of a draft"),
     _sglang("model_loader.weight_utils:default_weight_loader", "loads a draft", ("param", "loaded_weight")),
     _sglang("model_loader.weight_utils:maybe_remap_kv_scale_name", "loads a draft", ("name", "params_dict")),
@@ -381,6 +351,7 @@ SEAMS: tuple[Seam, ...] = (
     _sglang("layers.attention.base_attn_backend:AttentionBackend", "attention of a draft's steps"),
     _sglang("layers.vocab_parallel_embedding:ParallelLMHead", "a draft's own output head"),
     *RECIPES,
+    *MLA,
     *MODULES,
     *DEFERRED,
 )
