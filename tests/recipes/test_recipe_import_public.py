@@ -103,9 +103,11 @@ case " $* " in *" checkout "*)
 esac
 """
 RUN = """\
+import signal
 import sys
 from pathlib import Path
 from fourfold.common.recipe.importing.public import Source, fetched
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
 repository, commit, folder, url, patience = sys.argv[1:]
 fetched(Source(repository, commit), Path(folder), url=url, patience=float(patience))
 """
