@@ -28,8 +28,9 @@ class RouterServer(EngineServer):
     line: Sequence[str] = ()
 
     def command(self) -> list[str]:
-        """The command line."""
-        return list(self.line)
+        """The command line; the port of its metrics, unless the recipe says one, is one that is free now."""
+        own = [] if "--prometheus-port" in self.line else ["--prometheus-port", str(free_port())]
+        return [*self.line, *own]
 
 
 def router(of: Layout, log: Path, port: int) -> RouterServer | None:
@@ -47,8 +48,6 @@ def router(of: Layout, log: Path, port: int) -> RouterServer | None:
     router_version(kind)
     options = _options(line)
     options[options.index("--host") + 1] = LOCAL
-    if "--prometheus-port" not in options:
-        options += ["--prometheus-port", str(free_port())]
     line = [sys.executable, "-m", MODULES[kind], *options]
     return RouterServer(of.engine, of.model, log, port=port, health=READY, line=line)
 

@@ -61,12 +61,14 @@ def pair(recipe: Recipe, plan: EngineRecipe, engine: str, replica: Replica) -> P
     """Both roles' options and variables on a processor.
 
     Raises:
-        FourfoldError: what moves the KV cache, or the router, is not installed.
+        FourfoldError: what moves the KV cache, or the router, is not installed; the recipe wants none.
     """
     options: dict[RoleName, dict[str, Any]] = {}
     env: dict[RoleName, dict[str, str]] = {}
     changes: dict[RoleName, list[Substitution]] = {}
     named = plan.router.kind if plan.router else "none"
+    if plan.router is not None and named == "none":
+        raise FourfoldError(f"recipe {recipe.id}: router none; prefill and decode apart need one, such as vllm-router")
     kind = named if named in ("vllm-router", "sglang-router") else f"{engine}-router"
     ran = {"transport": described(engine), "router": f"{kind} {router_version(kind)}"}
     for name in ROLES:
@@ -109,17 +111,15 @@ def answers_apart(
         start = Start(of.engine, name, 0, 0, 1, 1, model, options, env, True, port)
         processes.append(Process(start, 0, 0, index, index))
     layout = Layout(of.recipe, of.plan, of.engine, card, sheet, model, processes, "")
-    before = router(layout, logs / f"{of.engine}-router.log", free_port())
-    if before is None:
-        raise FourfoldError(
-            f"recipe {of.recipe.id}: router none; prefill and decode apart need one, such as vllm-router"
-        )
-    running = [*servers.values(), before]
+    running: list[EngineServer] = [*servers.values()]
     try:
         for server in servers.values():
             server.start()
         for name, server in servers.items():
             server.wait(tick=lambda line, name=name: tick(f"{name}: {line[:100]}"))
+        before = router(layout, logs / f"{of.engine}-router.log", free_port())  # a port that is free now
+        assert before is not None
+        running.append(before)
         before.start()
         before.wait(120, lambda line: tick(f"router: {line[:100]}"))
         tick("asking the router")

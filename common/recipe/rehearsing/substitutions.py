@@ -60,6 +60,9 @@ ALWAYS: dict[str, dict[str, Any]] = {
         "enable-metrics": True,
     },
 }
+# --enforce-eager leaves vLLM's log-probabilities to torch.compile, which asks a compiler what the processor has: on a
+# core that a server shares with its own waiting threads, that took minutes.
+ENV: dict[str, dict[str, str]] = {"vllm": {"TORCHDYNAMO_DISABLE": "1"}, "sglang": {}}
 # MLA that takes float32: where the processor has AMX, vLLM takes one for BF16 unless asked.
 OF_FAMILY: dict[tuple[str, str], dict[str, Any]] = {("vllm", "deepseek_v3"): {"attention-backend": "CPU_MLA"}}
 ENV_LEFT_OUT = (
@@ -117,7 +120,7 @@ def substituted(
         if name not in options:
             options[name] = value
             changes.append(Substitution(name, None, value, "attention of the replica in float32"))
-    env: dict[str, str] = {}
+    env = dict(ENV[engine])
     for name, value in {**plan.env, **given.env}.items():
         if name.startswith(ENV_LEFT_OUT):
             changes.append(Substitution(name, value, None, "of GPUs, their kernels or links"))
