@@ -12,7 +12,7 @@ def test_prefill_and_decode_apart(tmp_path: Path) -> None:
     result = rehearse(Catalogue(), "deepseek-v4-pro/gb200-disagg", "sglang", tmp_path)
     assert result.ok, result.checks
     assert [check.name for check in result.checks] == [
-        *("answers", "apart", "transfer", "drafts", "acceptance", "content", "probabilities")
+        *("answers", "apart", "transfer", "drafts", "acceptance", "content", "probabilities", "load")
     ]
     proven = proof(result)["apart"]
     assert proven["transport"].startswith("Mooncake") and proven["router"].startswith("sglang-router ")
