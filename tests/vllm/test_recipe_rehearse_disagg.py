@@ -47,7 +47,7 @@ def apart(known: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Result:
 def test_prefill_and_decode_apart(apart: Result) -> None:
     assert apart.ok, apart.checks
     assert [check.name for check in apart.checks] == [
-        *("answers", "apart", "transfer", "drafts", "acceptance", "content", "probabilities")
+        *("answers", "apart", "transfer", "drafts", "acceptance", "content", "probabilities", "load")
     ]
     proven = proof(apart)["apart"]
     assert "UCX over TCP" in proven["transport"] and proven["router"].startswith("vllm-router ")
