@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from fourfold.common.seam import Seam
+from functools import partial
+
+from fourfold.common.seam import Seam, vllm
 
 _SKIPPED = "vLLM leaves the head and the rejection sampler out of steps that draft nothing"
 _RUNNER = "v1.worker.gpu_model_runner:GPUModelRunner"
 _DRAFTER = "v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 _BATCH = "v1.worker.gpu_input_batch:InputBatch"
 _OUTPUT = "v1.core.sched.output:SchedulerOutput"
-_PROPOSED = (
+PROPOSED = (
     *("num_speculative_tokens", "target_token_ids", "target_positions", "target_hidden_states", "next_token_ids"),
     *("token_indices_to_sample", "common_attn_metadata", "sampling_metadata"),
 )
-
-
-def _vllm(path: str, why: str, parameters: tuple[str, ...] = ()) -> Seam:
-    return Seam("vllm", f"vllm.{path}", why, parameters, _SKIPPED)
-
+_vllm = partial(vllm, until=_SKIPPED)
 
 DEFERRED: tuple[Seam, ...] = (
     _vllm("v1.worker.gpu_worker:Worker.use_v2_model_runner", "whether the runner is the one to change"),
@@ -34,7 +32,7 @@ DEFERRED: tuple[Seam, ...] = (
     _vllm(f"{_RUNNER}._draft_probs", "none of a step without drafts"),
     _vllm(f"{_RUNNER}._draft_prob_req_ids", "none of a step without drafts"),
     _vllm("v1.spec_decode.eagle:EagleProposer", "the drafter that can read late"),
-    _vllm(f"{_DRAFTER}.propose", "lets the head read", _PROPOSED),
+    _vllm(f"{_DRAFTER}.propose", "lets the head read", PROPOSED),
     _vllm(f"{_DRAFTER}.hidden_states", "how many positions it reads at once"),
     _vllm(f"{_DRAFTER}.max_batch_size", "how many requests it reads at once"),
     _vllm(f"{_DRAFTER}.kv_cache_gid", "which blocks are the head's"),

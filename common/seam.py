@@ -22,3 +22,13 @@ class Seam:
     why: str
     parameters: tuple[str, ...] = ()
     until: str = "official extension point; stays"
+
+
+def vllm(path: str, why: str, parameters: tuple[str, ...] = (), until: str = Seam.until) -> Seam:
+    """One of ``vllm``."""
+    return Seam("vllm", f"vllm.{path}", why, parameters, until)
+
+
+def sglang(path: str, why: str, parameters: tuple[str, ...] = (), until: str = Seam.until) -> Seam:
+    """One of ``sglang.srt``."""
+    return Seam("sglang", f"sglang.srt.{path}", why, parameters, until)

@@ -10,18 +10,13 @@ as often as on the others. vLLM's V1 model runner only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm.platforms import current_platform
+from fourfold.vllm_ext.platform_worker import Worker  # the first of vLLM
+
+# isort: split
 
 from fourfold.common.log import get_logger
-
-if TYPE_CHECKING or not current_platform.is_cpu():
-    from vllm.v1.worker.gpu_worker import Worker
-else:
-    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
-
-# After the worker: vLLM's worker for CPUs must be the first to load its library.
 from fourfold.vllm_ext.deferred_head import DeferredHead, obstacle, sample_without_drafts
 
 

@@ -16,25 +16,22 @@ else does not fit. The counts by source are in ``/metrics`` (`fourfold.common.mt
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from fourfold.vllm_ext.platform_worker import Worker  # the first of vLLM
+
+# isort: split
 
 import numpy as np
 from vllm.platforms import current_platform
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
 from fourfold.common.mtp import metrics
 from fourfold.common.mtp.hybrid import READ, HybridDrafts
 from fourfold.common.settings import HybridSettings, additional_settings
-
-if TYPE_CHECKING or not current_platform.is_cpu():
-    from vllm.v1.worker.gpu_worker import Worker
-else:
-    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
-
-# After the worker: vLLM's worker for CPUs must be the first to load its library.
-from vllm.utils.gpu_sync_debug import gpu_sync_allowed
-from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 
 class HybridDrafting:

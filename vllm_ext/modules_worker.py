@@ -10,22 +10,18 @@ last positions of a run read tokens that were drafted, and the module's KV cache
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from fourfold.vllm_ext.platform_worker import Worker  # the first of vLLM
+
+# isort: split
 
 import torch
 from torch import Tensor
-from vllm.platforms import current_platform
+from vllm.v1.spec_decode.eagle import EagleProposer
 
 from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp.engines import ARCHITECTURE
-
-if TYPE_CHECKING or not current_platform.is_cpu():
-    from vllm.v1.worker.gpu_worker import Worker
-else:
-    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
-
-# After the worker: vLLM's worker for CPUs must be the first to load its library.
-from vllm.v1.spec_decode.eagle import EagleProposer
 
 
 class ModulesProposer(EagleProposer):

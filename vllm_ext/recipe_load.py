@@ -58,18 +58,13 @@ class Kernel:
         raise NeedsGPU(f"{self.name} needs a GPU")
 
 
-def kernel(name: str) -> Kernel:
-    """One of a package; marks of modules are not kernels."""
-    if name.rpartition(".")[2].startswith("__"):
-        raise AttributeError(name)
-    return Kernel(name)
-
-
 class Word(type):
     """In a language of kernels: its names, decorators and types are all the same class, which does nothing."""
 
     def __getattr__(cls, name: str) -> Any:
-        return word(name)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
 
     def __getitem__(cls, item: Any) -> Any:
         return cls
@@ -80,13 +75,6 @@ class Word(type):
 
 class Words(metaclass=Word):
     """See `Word`."""
-
-
-def word(name: str) -> Any:
-    """The class; marks of modules are not words."""
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return Words
 
 
 class Bundled(Loader, MetaPathFinder):
@@ -100,7 +88,13 @@ class Bundled(Loader, MetaPathFinder):
 
     def exec_module(self, module: Any) -> None:
         written = module.__name__.partition(".")[0] in LANGUAGES
-        module.__getattr__ = lambda name: word(name) if written else kernel(f"{module.__name__}.{name}")
+
+        def find(name: str) -> Any:
+            if name.startswith("__"):  # marks of modules
+                raise AttributeError(name)
+            return Words if written else Kernel(f"{module.__name__}.{name}")
+
+        module.__getattr__ = find
 
 
 def _properties(device: Any = None) -> Any:
@@ -115,24 +109,6 @@ def _properties(device: Any = None) -> Any:
         multi_processor_count=PROCESSORS,
         shared_memory_per_block_optin=227 << 10,
     )
-
-
-def _kernels() -> None:
-    """Names of vLLM's kernels, which its layers take when they are built; this build has none to call."""
-    import torch._ops
-
-    namespace: Any = torch._ops._OpNamespace
-    lookup = namespace.__getattr__
-
-    def find(self: Any, name: str) -> Any:
-        try:
-            return lookup(self, name)
-        except AttributeError:
-            if name.startswith("__") or not self.name.endswith("_C"):
-                raise
-            return Kernel(f"{self.name}.{name}")
-
-    namespace.__getattr__ = find
 
 
 def models(request: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, tuple[str, ...]]]:
@@ -158,7 +134,9 @@ def models(request: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, tupl
     arguments = recipe_probe.parse(request["model"], request["arguments"])
     config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
     if recipe_probe.simulation is not None:
-        _kernels()  # only now: modules ask at import which kernels there are
+        # Names of vLLM's kernels, which its layers take when they are built: only now, for modules ask at import which
+        # there are.
+        recipe_probe.simulation.stand_in(lambda name: not name.startswith("__"), Kernel)
     address = f"tcp://127.0.0.1:{free_port()}"
     torch.set_default_dtype(config.model_config.dtype)
     with set_current_vllm_config(config), torch.device("cpu"), Here():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -93,7 +94,7 @@ def install(sheet: dict[str, Any]) -> None:
             return [0] * machine["count"]
 
     vllm.platforms._current_platform = Simulated()
-    _operations()
+    stand_in(lambda name: "supports" in name, _supported)
     from vllm.model_executor.models import registry
 
     in_child = registry._run_in_subprocess
@@ -123,8 +124,8 @@ def _reasoning() -> None:
     ReasoningConfig.initialize_token_ids = known
 
 
-def _operations() -> None:
-    """Questions to kernels that this build lacks, of what they support: all."""
+def stand_in(wanted: Callable[[str], bool], make: Callable[[str], Any]) -> None:
+    """Let ``make`` of its path stand for each operation that this build lacks and whose name is ``wanted``."""
     import torch._ops
 
     namespace: Any = torch._ops._OpNamespace
@@ -134,8 +135,13 @@ def _operations() -> None:
         try:
             return lookup(self, name)
         except AttributeError:
-            if "supports" not in name or not self.name.endswith("_C"):
+            if not wanted(name) or not self.name.endswith("_C"):
                 raise
-            return lambda *arguments, **named: True
+            return make(f"{self.name}.{name}")
 
     namespace.__getattr__ = find
+
+
+def _supported(path: str) -> Any:
+    """The answer to what a kernel supports: all."""
+    return lambda *arguments, **named: True

@@ -8,4 +8,4 @@ from typing import Any
 from probe import load
 
 _older: Any = load(Path(__file__).with_name("simulated_0_32.py"))
-become, install = _older.become, _older.install
+become, install, machine, stand_in = _older.become, _older.install, _older.machine, _older.stand_in

@@ -186,7 +186,7 @@ def measure(server: Server, prompts: int, tick: Callable[[], None] = lambda: Non
     after = read_metrics(server.url, needed=server.engine == "vllm")
     new = {key: value - before.get(key, 0) for key, value in after.items()}
     if server.engine == "vllm":
-        drafts = int(_sum(new, "vllm:spec_decode_num_drafts_total"))
+        drafts = int(total(new, "vllm:spec_decode_num_drafts_total"))
         counted = _positions(new, _PER_POSITION)
         accepted = [counted.get(i, 0) for i in range(server.k)]
     else:
@@ -238,7 +238,8 @@ def read_metrics(url: str, needed: bool = True) -> Samples:
 _PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 
 
-def _sum(samples: Mapping[Any, float], name: str, **labels: str) -> float:
+def total(samples: Mapping[Any, float], name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have these labels."""
     return sum(
         value for (metric, found), value in samples.items() if metric == name and labels.items() <= dict(found).items()
     )
@@ -246,15 +247,15 @@ def _sum(samples: Mapping[Any, float], name: str, **labels: str) -> float:
 
 def _positions(samples: Mapping[Any, float], name: str, **labels: str) -> dict[int, int]:
     positions = {int(dict(found)["position"]) for metric, found in samples if metric == name}
-    return {position: int(_sum(samples, name, position=str(position), **labels)) for position in sorted(positions)}
+    return {position: int(total(samples, name, position=str(position), **labels)) for position in sorted(positions)}
 
 
 def _sources(new: Mapping[Any, float]) -> dict[str, Source]:
     names = {dict(labels)["source"] for metric, labels in new if metric == "fourfold:spec_drafts_total"}
     return {
         source: Source(
-            int(_sum(new, "fourfold:spec_drafts_total", source=source)),
-            int(_sum(new, "fourfold:spec_draft_tokens_total", source=source)),
+            int(total(new, "fourfold:spec_drafts_total", source=source)),
+            int(total(new, "fourfold:spec_draft_tokens_total", source=source)),
             tuple(_positions(new, "fourfold:spec_accepted_tokens_total", source=source).values()),
         )
         for source in sorted(names)

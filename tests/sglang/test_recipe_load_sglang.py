@@ -5,11 +5,10 @@ SGLang warns of a tensor that it does not know and of a parameter that gets none
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
+from published_damage import RENAMED, damaged
 
 from fourfold.common.recipe.launch import engine_of
 from fourfold.common.recipe.loading import Catalogue
@@ -17,7 +16,6 @@ from fourfold.common.recipe.rehearsing.loading import Loaded, chosen, load_check
 from fourfold.common.recipe.rehearsing.published import Published, write_published
 
 RECIPE = "deepseek-v4-pro/gb300-disagg-throughput"
-RENAMED, LEFT_OUT = "layers.1.attn.indexer.wq_b.weight", "layers.3.ffn.experts.5.w2.weight"
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +46,9 @@ def test_every_tensor_finds_its_parameter(checkpoint: Published, tmp_path: Path)
 
 
 def test_a_damaged_checkpoint_is_named(checkpoint: Published, tmp_path: Path) -> None:
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    tensors = load_file(checkpoint.path / "model.safetensors")
-    tensors[RENAMED.replace("wq_b", "wq_bb")] = tensors.pop(RENAMED)
-    del tensors[LEFT_OUT]
-    save_file(tensors, damaged / "model.safetensors")
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (damaged / name).write_text((checkpoint.path / name).read_text())
-    loaded = _load(replace(checkpoint, path=damaged, tensors=len(tensors)), tmp_path)
+    loaded = _load(damaged(checkpoint, tmp_path / "damaged"), tmp_path)
     assert not loaded.ok and loaded.unable is None
-    assert [*loaded.refused, *loaded.unused] == [RENAMED.replace("wq_b", "wq_bb")]
+    assert [*loaded.refused, *loaded.unused] == [RENAMED]
     assert sorted(loaded.missing) == [
         "model.layers.1.self_attn.indexer.wq_b.weight",
         "model.layers.3.mlp.experts.w2_weight",

@@ -91,11 +91,8 @@ def _sources(server: EngineServer) -> dict[str, int]:
 
 
 def _vllm_counts(server: EngineServer) -> dict[str, int]:
-    from fourfold.common.mtp.probe import read_metrics
+    from fourfold.common.mtp.probe import read_metrics, total
 
     names = {"drafts": "drafts", "drafted": "draft_tokens", "accepted": "accepted_tokens"}
     samples = read_metrics(server.url)
-    return {
-        short: int(sum(v for (metric, _), v in samples.items() if metric == f"vllm:spec_decode_num_{name}_total"))
-        for short, name in names.items()
-    }
+    return {short: int(total(samples, f"vllm:spec_decode_num_{name}_total")) for short, name in names.items()}

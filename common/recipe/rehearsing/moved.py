@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fourfold.common.recipe.schema import RoleName
 from fourfold.common.serving import EngineServer
 
 
@@ -49,38 +48,34 @@ class Moved:
 
 def counts(engine: str, prefill: EngineServer, decode: EngineServer) -> dict[str, int]:
     """What two servers have counted since they started, by the names of `Moved`."""
-    from fourfold.common.mtp.probe import read_metrics
+    from fourfold.common.mtp.probe import read_metrics, total
 
-    at = {"prefill": read_metrics(prefill.url), "decode": read_metrics(decode.url)}
-
-    def total(role: RoleName, name: str, *sources: str) -> float:
-        """The sum of a metric, of all its samples or of those of some sources."""
-        of = [(labels, value) for (metric, labels), value in at[role].items() if metric == name]
-        return sum(value for labels, value in of if not sources or any(text in sources for _, text in labels))
-
+    at_prefill, at_decode = read_metrics(prefill.url), read_metrics(decode.url)
     if engine == "vllm":
-        prompts = "vllm:prompt_tokens_by_source_total"
+        tokens = "vllm:prompt_tokens_by_source_total"
+        computed, cached = "local_compute", "local_cache_hit"
         out = {
-            "prefilled": total("prefill", prompts, "local_compute", "local_cache_hit"),
-            "received": total("decode", prompts, "external_kv_transfer"),
-            "computed": total("decode", prompts, "local_compute"),
-            "cached": total("decode", prompts, "local_cache_hit"),
-            "transfers": total("decode", "vllm:nixl_xfer_time_seconds_count"),
-            "size": total("decode", "vllm:nixl_bytes_transferred_sum"),
-            "failed": total("decode", "vllm:nixl_num_failed_transfers_total"),
+            "prefilled": total(at_prefill, tokens, source=computed) + total(at_prefill, tokens, source=cached),
+            "received": total(at_decode, tokens, source="external_kv_transfer"),
+            "computed": total(at_decode, tokens, source=computed),
+            "cached": total(at_decode, tokens, source=cached),
+            "transfers": total(at_decode, "vllm:nixl_xfer_time_seconds_count"),
+            "size": total(at_decode, "vllm:nixl_bytes_transferred_sum"),
+            "failed": total(at_decode, "vllm:nixl_num_failed_transfers_total"),
         }
     else:
         tokens, failed = "sglang:realtime_tokens_total", "sglang:num_transfer_failed_reqs_total"
+        computed, cached = "prefill_compute", "prefill_cache"
         own = {
-            "computed": total("decode", tokens, "prefill_compute"),
-            "cached": total("decode", tokens, "prefill_cache"),
+            "computed": total(at_decode, tokens, mode=computed),
+            "cached": total(at_decode, tokens, mode=cached),
         }
         out = {
             **own,
-            "prefilled": total("prefill", tokens, "prefill_compute", "prefill_cache"),
-            "received": total("decode", "sglang:prompt_tokens_total") - sum(own.values()),
-            "transfers": total("prefill", "sglang:kv_transfer_total_mb_count"),
-            "size": total("prefill", "sglang:kv_transfer_total_mb_sum") * 2**20,
-            "failed": total("prefill", failed) + total("decode", failed),
+            "prefilled": total(at_prefill, tokens, mode=computed) + total(at_prefill, tokens, mode=cached),
+            "received": total(at_decode, "sglang:prompt_tokens_total") - sum(own.values()),
+            "transfers": total(at_prefill, "sglang:kv_transfer_total_mb_count"),
+            "size": total(at_prefill, "sglang:kv_transfer_total_mb_sum") * 2**20,
+            "failed": total(at_prefill, failed) + total(at_decode, failed),
         }
     return {name: round(value) for name, value in out.items()}

@@ -35,8 +35,7 @@ def draft_traits(card: ModelCard, config: Mapping[str, Any]) -> Traits | None:
         traits = read_traits(flat(body if isinstance(body, Mapping) else config), f"config of {card.id}")
     except FourfoldError:
         return None
-    layers = sum(w.parameters for w in weights(traits, Formats({}, card.formats), draft=False) if w.layer >= 0)
-    return traits if layers <= card.total_parameters * 1e9 else None
+    return traits if _in_layers(card, traits) <= card.total_parameters * 1e9 else None
 
 
 def draft_weights(card: ModelCard, config: Mapping[str, Any], traits: Traits | None) -> list[Weight]:
@@ -46,7 +45,7 @@ def draft_weights(card: ModelCard, config: Mapping[str, Any], traits: Traits | N
     whole = Weight(PART, card.repo, total, format, "all")
     if traits is None:
         return [whole]
-    layers = sum(w.parameters for w in weights(traits, Formats({}, card.formats), draft=False) if w.layer >= 0)
+    layers = _in_layers(card, traits)
     copied = _sources(config) * traits.hidden**2 + 2 * traits.vocab * int(config.get("markov_rank") or 0)
     rest = total - layers - copied
     if rest < 0:
@@ -70,6 +69,11 @@ def with_draft(cache: Cache, traits: Traits, parallel: Parallel, formats: CacheF
         per_sequence=cache.per_sequence | {f"{name} of the draft": size for name, size in own.per_sequence.items()},
         per_batched_token=cache.per_batched_token + own.per_batched_token,
     )
+
+
+def _in_layers(card: ModelCard, traits: Traits) -> int:
+    """Parameters of the draft's layers."""
+    return sum(w.parameters for w in weights(traits, Formats({}, card.formats), draft=False) if w.layer >= 0)
 
 
 def _sources(config: Mapping[str, Any]) -> int:
