@@ -1,12 +1,13 @@
 """Random tensors in the number formats of a config's ``quantization_config``, under the names that hold them there.
 
 Known are what configs of `published` say: FP8 in blocks, MXFP4 experts beside it, and ModelOpt's NVFP4 but for what it
-ignores. The numbers are small; no bit pattern is infinite or no number.
+ignores, or with FP8 where it lists each module. The numbers are small; no bit pattern is infinite or no number.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -19,15 +20,20 @@ if TYPE_CHECKING:
 # Tags of a tensor, as the dtype that it has until it is written: a linear layer's weight, an expert's, and a table's
 # whose rows are in FP8, 32 numbers to a scale.
 DENSE, EXPERT, ROWS = "float8_e4m3fn", "int8", "float8_e8m0fnu"
+EXPERTS_OF = re.compile(r"\.experts\.\d+\.")
 Shapes = dict[str, tuple[tuple[int, ...], str]]  # name to shape and tag
 
 
 def _format(name: str, tag: str, quantised: Mapping[str, Any], expert_dtype: str) -> str:
-    """``plain``, ``fp8_block``, ``mxfp4`` or ``nvfp4``."""
+    """``plain``, ``fp8`` (a scale to a tensor), ``fp8_block``, ``mxfp4`` or ``nvfp4``."""
     if tag not in (DENSE, EXPERT):
         return "plain"
     if quantised.get("quant_method") == "modelopt":
         module = name.removesuffix(".weight")
+        if "quantized_layers" in quantised:  # of the experts of a layer, the first can stand for all
+            listed = quantised["quantized_layers"]
+            own = listed.get(module) or listed.get(EXPERTS_OF.sub(".experts.0.", module)) or {}
+            return {"FP8": "fp8", "NVFP4": "nvfp4"}.get(own.get("quant_algo"), "plain")
         ignored = any(fnmatchcase(module, pattern) for pattern in quantised.get("ignore", ()))
         return "plain" if ignored or quantised.get("quant_algo") != "NVFP4" else "nvfp4"
     if tag == EXPERT and quantised.get("moe_quant_algo") == "NVFP4" and not name.startswith("mtp."):
@@ -59,6 +65,10 @@ def written(shapes: Shapes, scale: str, config: Mapping[str, Any]) -> Iterator[t
             yield name, codes(rows, columns // 2, torch.uint8)
             yield stem + "weight_scale", torch.full((rows, columns // 16), 0.5).to(torch.float8_e4m3fn)
             yield stem + "weight_scale_2", torch.tensor(2.0**-6)
+            yield stem + "input_scale", torch.tensor(2.0**-6)
+        elif kind == "fp8":
+            yield name, codes(*shape, torch.float8_e4m3fn)
+            yield stem + "weight_scale", torch.tensor(2.0**-8)
             yield stem + "input_scale", torch.tensor(2.0**-6)
         elif kind == "mxfp4":
             rows, columns = shape

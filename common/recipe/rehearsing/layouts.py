@@ -25,6 +25,7 @@ class Layout:
         mtp: prefix of an MTP module, ``{n}`` its number and ``{layer}`` that of the layer after the model's.
         head: tensors of an MTP module beside its decoder layer, which is one of the model's.
         strip: prefix that the checkpoint has not.
+        whole: ``model_type`` is the class of the whole multimodal model, of which the config is the text model's part.
         scale: suffix in place of ``weight`` for the scale of a block format.
         block: prefix of an MTP module's decoder layer; default: ``mtp``.
         dspark: in place of ``head`` where the config names DSpark: of the first stage, and of the last.
@@ -38,6 +39,7 @@ class Layout:
     mtp: str
     head: Named
     strip: str = ""
+    whole: bool = False
     scale: str = "weight_scale_inv"
     block: str = ""
     dspark: tuple[Named, Named] = ({}, {})
@@ -109,6 +111,12 @@ LAYOUTS: dict[str, Layout] = {
         unlike={"compress_ratios": 0, "num_hash_layers": 0},
         finish=finished,
     ),
+    "DeepseekV32ForCausalLM": Layout(
+        "deepseek_v32",
+        "transformers deepseek_v32 and its conversions; the MTP layer: fourfold's table of layouts (deepseek_v3)",
+        "model.layers.{layer}.",
+        _DEEPSEEK,
+    ),
     "GlmMoeDsaForCausalLM": Layout(
         "glm_moe_dsa",
         "transformers glm_moe_dsa and its conversions; the MTP layer: fourfold's table of layouts (deepseek_v3)",
@@ -120,6 +128,25 @@ LAYOUTS: dict[str, Layout] = {
         "transformers qwen3_5_moe and its conversions; mtp.*: fourfold's table of layouts (qwen3_next)",
         "mtp.",
         {"fc.weight": (_TWICE, DENSE), **_norms("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")},
+        block="mtp.layers.{n}.",
+    ),
+    "Qwen3_5MoeForConditionalGeneration": Layout(
+        "qwen3_5_moe",
+        "transformers qwen3_5_moe and its conversions; mtp.*: fourfold's table of layouts (qwen3_next), and vLLM's "
+        "qwen3_5_mtp of mtp.fc, which is BF16 in NVFP4 checkpoints though none of them says so",
+        "mtp.",
+        {"fc.weight": (_TWICE, "bfloat16"), **_norms("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")},
+        block="mtp.layers.{n}.",
+        whole=True,
+    ),
+    "NemotronHForCausalLM": Layout(
+        "nemotron_h",
+        "transformers nemotron_h and its conversions; mtp.*: load_weights of vLLM's NemotronHMTP",
+        "mtp.",
+        {
+            "layers.0.eh_proj.weight": (_TWICE, "bfloat16"),
+            **_norms("layers.0.enorm", "layers.0.hnorm", "layers.1.final_layernorm"),
+        },
         block="mtp.layers.{n}.",
     ),
 }

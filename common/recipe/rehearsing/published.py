@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ MOST: dict[str, int] = {
     "intermediate_size": 512,
     "moe_intermediate_size": 256,
     "shared_expert_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 256,
+    "moe_latent_size": 256,
+    "mamba_num_heads": 32,
     "num_attention_heads": 64,
     "num_key_value_heads": 64,
     "q_lora_rank": 256,
@@ -43,11 +47,18 @@ MOST: dict[str, int] = {
     **dict.fromkeys(EXPERTS, 16),
     **dict.fromkeys(PER_TOKEN, 8),
 }
-MOST_VISION = {"num_hidden_layers": 1, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 256}
+MOST_VISION: dict[str, int] = {
+    **dict.fromkeys(("num_hidden_layers", "depth"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_heads"), 4),
+    **dict.fromkeys(("hidden_size", "intermediate_size"), 256),
+    "out_hidden_size": MOST["hidden_size"],
+}
+NOT_ASKED = ("quantization_config", "architectures")  # of transformers' class
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "dspark_noise_token_id")
 ONE = ("candidate_source_layer_id",)  # a layer of a kind of its own
 UP_TO = ("num_hash_layers", "first_k_dense_replace")  # layers below this number are of a kind of their own
-LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.*)")
+LAYER = re.compile(r"(?:model\.(?:language_model\.)?|backbone\.)?layers\.(\d+)\.(.*)")
+KINDS = "layers_block_type"  # of every layer; of those of an MTP module with the prefix ``mtp_``
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ def write_published(path: Path, config: Mapping[str, Any]) -> Published:
     small, layers = shrunken(config)
     text = small.get("text_config", small)
     draft = _draft(text)
-    shapes = _shapes(layout, text, draft)
+    shapes = _shapes(layout, text, draft, {} if text is small else small)
     if layout.finish is not None:
         shapes = layout.finish(small, shapes)
     tensors = dict(written(shapes, layout.scale, small))
@@ -109,9 +120,13 @@ def shrunken(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]
     if "text_config" in config:
         text, kept = shrunken(config["text_config"])
         outer = {key: value for key, value in config.items() if key != "text_config"}
-        vision = {**config.get("vision_config", {}), **MOST_VISION}
-        return {**outer, "text_config": text, **({"vision_config": vision} if "vision_config" in config else {})}, kept
-    total = int(config["num_hidden_layers"])
+        outer["text_config"] = text
+        if "vision_config" in config:
+            vision = config["vision_config"]
+            outer["vision_config"] = {k: min(v, MOST_VISION[k]) if k in MOST_VISION else v for k, v in vision.items()}
+        _renumber(outer, kept, _layers(config["text_config"]))
+        return outer, kept
+    total = _layers(config)
     per_layer = [key for key, value in config.items() if isinstance(value, list) and 0 <= len(value) - total <= 4]
     ids = [key for key in config if key.endswith("_layer_ids") and key != "dspark_target_layer_ids"]
     kinds: dict[tuple[Any, ...], int] = {}
@@ -136,19 +151,33 @@ def shrunken(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]
         small["index_topk_pattern"] = "".join("S" if kind == "shared" else "F" for kind in small["indexer_types"])
     if "full_attention_interval" in config:
         small["full_attention_interval"] = len(kept)  # the last kind that the list of layers has is full attention
-    quantised = config.get("quantization_config") or {}
-    if "ignore" in quantised:
-        patterns = (_renumbered(pattern, kept, total) for pattern in quantised["ignore"])
-        small["quantization_config"] = {**quantised, "ignore": [pattern for pattern in patterns if pattern]}
+    _renumber(small, kept, total)
     if config.get("engram_layer_ids"):
         small["engram_num_embeddings"] = engram_rows(small)
     return small, kept
 
 
+def _layers(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_hidden_layers") or len(config[KINDS]))
+
+
+def _renumber(config: dict[str, Any], kept: tuple[int, ...], total: int) -> None:
+    """Have what the config says of quantisation name the layers that are left."""
+    quantised = dict(config.get("quantization_config") or {})
+    if "ignore" in quantised:
+        patterns = (_renumbered(pattern, kept, total) for pattern in quantised["ignore"])
+        quantised["ignore"] = [pattern for pattern in patterns if pattern]
+    if "quantized_layers" in quantised:
+        named = ((_renumbered(name, kept, total), how) for name, how in quantised["quantized_layers"].items())
+        quantised["quantized_layers"] = {name: how for name, how in named if name}
+    if quantised:
+        config["quantization_config"] = quantised
+
+
 def _renumbered(pattern: str, kept: tuple[int, ...], total: int) -> str | None:
     """A pattern of module names for the layers that are left; None: its layer is not."""
     match = re.search(r"layers\.(\d+)", pattern)
-    if match is None:
+    if match is None or pattern.startswith("mtp."):  # which counts its own
         return pattern
     layer = int(match[1])
     if layer < total and layer not in kept:
@@ -163,12 +192,13 @@ def _draft(config: Mapping[str, Any]) -> str | None:
     return "mtp" if any(config.get(key) for key in MTP) else None
 
 
-def _shapes(layout: Layout, config: Mapping[str, Any], draft: str | None) -> Shapes:
-    """Published names of the whole checkpoint."""
+def _shapes(layout: Layout, config: Mapping[str, Any], draft: str | None, outer: Mapping[str, Any]) -> Shapes:
+    """Published names of the whole checkpoint; ``outer``: the config that this one of the text model is in."""
     stages = len(config["dspark_target_layer_ids"]) if draft == "dspark" else 0
     modules = stages or int(next((config[key] for key in MTP if config.get(key)), 0))
     layers, out = int(config["num_hidden_layers"]), Shapes()
-    for name, spec in _model_shapes(layout, config, layers + modules).items():
+    more_layers = modules * len(config.get(f"mtp_{KINDS}") or [1])
+    for name, spec in _model_shapes(layout, config, layers + more_layers, outer).items():
         for wrong, right in layout.repaired:
             name = name.replace(wrong, right)
         match = LAYER.fullmatch(name)
@@ -202,25 +232,26 @@ def _size(size: Any, config: Mapping[str, Any]) -> int:
     return int(config[size])
 
 
-def _model_shapes(layout: Layout, config: Mapping[str, Any], layers: int) -> Shapes:
+def _model_shapes(layout: Layout, config: Mapping[str, Any], layers: int, outer: Mapping[str, Any]) -> Shapes:
     """What transformers' class of the model has, by its published names."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.core_model_loading import revert_weight_conversion
 
-    given = {key: value for key, value in config.items() if key not in ("quantization_config", "architectures")}
+    given = {key: value for key, value in config.items() if key not in NOT_ASKED}
     for key, value in given.items():
         if isinstance(value, list) and config["num_hidden_layers"] <= len(value) < layers and "layer_ids" not in key:
-            given[key] = value + value[-1:] * (layers - len(value))
+            given[key] = value + (config.get(f"mtp_{key}") or value[-1:] * (layers - len(value)))
     for key, value in layout.unlike.items():
         given[key] = [value] * layers if isinstance(given.get(key), list) else value
-    kind = layout.model_type
-    given.pop("model_type")
+    kind, given["num_hidden_layers"] = layout.model_type, layers
+    auto = AutoModelForCausalLM
+    if layout.whole:
+        given, auto = {**outer, "text_config": given}, AutoModelForImageTextToText
+    given = {key: deepcopy(value) for key, value in given.items() if key not in ("model_type", *NOT_ASKED)}  # it writes
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(kind, **(given | {"num_hidden_layers": layers}))
-            )
+            model = auto.from_config(AutoConfig.for_model(kind, **given))
     except (KeyError, ValueError) as error:
         raise FourfoldError(f"transformers builds no {kind}: {error}; its published names are not known") from error
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
