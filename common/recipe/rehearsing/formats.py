@@ -1,7 +1,8 @@
 """Random tensors in the number formats of a config's ``quantization_config``, under the names that hold them there.
 
-Known are what configs of `published` say: FP8 in blocks, MXFP4 experts beside it, and ModelOpt's NVFP4 but for what it
-ignores, or with FP8 where it lists each module. The numbers are small; no bit pattern is infinite or no number.
+Known are what configs of `published` say: FP8 in blocks, MXFP4 experts beside it or packed beside BF16, and ModelOpt's
+NVFP4 but for what it ignores, or with FP8 and MXFP8 where it lists each module. The numbers are small; no bit pattern
+is infinite or no number.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 # Tags of a tensor, as the dtype that it has until it is written: a linear layer's weight, an expert's, and a table's
 # whose rows are in FP8, 32 numbers to a scale.
 DENSE, EXPERT, ROWS = "float8_e4m3fn", "int8", "float8_e8m0fnu"
+EIGHTH = 127 - 3  # as an exponent, in a byte
 EXPERTS_OF = re.compile(r"\.experts\.\d+\.")
 Shapes = dict[str, tuple[tuple[int, ...], str]]  # name to shape and tag
 
 
 def _format(name: str, tag: str, quantised: Mapping[str, Any], expert_dtype: str) -> str:
-    """``plain``, ``fp8`` (a scale to a tensor), ``fp8_block``, ``mxfp4`` or ``nvfp4``."""
+    """``plain``, ``fp8`` (a scale to a tensor), ``fp8_block``, ``mxfp8``, ``mxfp4``, ``mxfp4_packed`` or ``nvfp4``."""
     if tag not in (DENSE, EXPERT):
         return "plain"
     if quantised.get("quant_method") == "modelopt":
@@ -33,11 +35,13 @@ def _format(name: str, tag: str, quantised: Mapping[str, Any], expert_dtype: str
         if "quantized_layers" in quantised:  # of the experts of a layer, the first can stand for all
             listed = quantised["quantized_layers"]
             own = listed.get(module) or listed.get(EXPERTS_OF.sub(".experts.0.", module)) or {}
-            return {"FP8": "fp8", "NVFP4": "nvfp4"}.get(own.get("quant_algo"), "plain")
+            return {"FP8": "fp8", "MXFP8": "mxfp8", "NVFP4": "nvfp4"}.get(own.get("quant_algo"), "plain")
         ignored = any(fnmatchcase(module, pattern) for pattern in quantised.get("ignore", ()))
         return "plain" if ignored or quantised.get("quant_algo") != "NVFP4" else "nvfp4"
     if tag == EXPERT and quantised.get("moe_quant_algo") == "NVFP4" and not name.startswith("mtp."):
         return "nvfp4"
+    if tag == EXPERT and quantised.get("format") == "mxfp4-pack-quantized":  # compressed-tensors
+        return "mxfp4_packed"
     if tag == EXPERT and expert_dtype == "fp4":
         return "mxfp4"
     return "fp8_block" if quantised.get("weight_block_size") else "plain"
@@ -70,6 +74,14 @@ def written(shapes: Shapes, scale: str, config: Mapping[str, Any]) -> Iterator[t
             yield name, codes(*shape, torch.float8_e4m3fn)
             yield stem + "weight_scale", torch.tensor(2.0**-8)
             yield stem + "input_scale", torch.tensor(2.0**-6)
+        elif kind == "mxfp8":
+            rows, columns = shape
+            yield name, codes(rows, columns, torch.float8_e4m3fn)
+            yield stem + scale, torch.full((rows, columns // 32), EIGHTH, dtype=torch.uint8)
+        elif kind == "mxfp4_packed":
+            rows, columns = shape
+            yield stem + "weight_packed", codes(rows, columns // 2, torch.uint8)
+            yield stem + "weight_scale", torch.full((rows, columns // 32), EIGHTH, dtype=torch.uint8)
         elif kind == "mxfp4":
             rows, columns = shape
             yield name, codes(rows, columns // 2, torch.int8)

@@ -1,6 +1,6 @@
 """How checkpoints of an architecture name their tensors: what transformers' class and its conversions do not say.
 
-A family is one `Layout`. Sizes are keys of the config, numbers, or products of them in brackets.
+A family is one `Layout`. Sizes are those of `stated`, or products of them in brackets.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 
 from fourfold.common.recipe.rehearsing.deepseek_v41 import finished
 from fourfold.common.recipe.rehearsing.formats import DENSE, Shapes
-
-Named = Mapping[str, tuple[tuple[Any, ...], str]]  # name to sizes and tag
+from fourfold.common.recipe.rehearsing.kimi_k3 import KIMI_K3
+from fourfold.common.recipe.rehearsing.kimi_k3 import SOURCE as KIMI_K3_SOURCE
+from fourfold.common.recipe.rehearsing.stated import Named, Stated
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,17 @@ class Layout:
     """How a checkpoint differs from transformers' own names.
 
     Attributes:
-        model_type: transformers' class.
+        model_type: transformers' class; empty: it has none, and all tensors are ``stated``.
         source: where it was read.
-        mtp: prefix of an MTP module, ``{n}`` its number and ``{layer}`` that of the layer after the model's.
+        mtp: prefix of an MTP module, ``{n}`` its number and ``{layer}`` that of the layer after the model's; empty: the
+            checkpoint has none, whatever its config says.
         head: tensors of an MTP module beside its decoder layer, which is one of the model's.
         strip: prefix that the checkpoint has not.
         whole: ``model_type`` is the class of the whole multimodal model, of which the config is the text model's part.
         scale: suffix in place of ``weight`` for the scale of a block format.
         block: prefix of an MTP module's decoder layer; default: ``mtp``.
         dspark: in place of ``head`` where the config names DSpark: of the first stage, and of the last.
+        single: parts of names of tensors in float32, beside those that transformers' class keeps so.
         repaired: parts of names that the conversions run backwards get wrong, and what the checkpoint has.
         unlike: what transformers' class is told in place of keys that it does not read as the model does, for every
             layer where the config has a list; ``finish``: adds what these keys mean.
@@ -36,16 +39,18 @@ class Layout:
 
     model_type: str
     source: str
-    mtp: str
-    head: Named
+    mtp: str = ""
+    head: Named = field(default_factory=dict)
     strip: str = ""
     whole: bool = False
     scale: str = "weight_scale_inv"
     block: str = ""
     dspark: tuple[Named, Named] = ({}, {})
+    single: tuple[str, ...] = ()
     repaired: tuple[tuple[str, str], ...] = ()
     unlike: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[Mapping[str, Any], Shapes], Shapes] | None = None
+    stated: tuple[Stated, ...] = ()
 
 
 _NORM = (("hidden_size",), "bfloat16")
@@ -66,12 +71,12 @@ def _dspark(first: str, second: str, more: Named) -> tuple[Named, Named]:
     """Of two or more stages; the Markov head's factors have other names in other checkpoints."""
     ranked = (("vocab_size", "dspark_markov_rank"), "bfloat16")
     return (
-        {"main_proj.weight": (("hidden_size", ("dspark_targets", "hidden_size")), DENSE), **_norms("main_norm")},
+        {"main_proj.weight": (("hidden_size", "dspark_target_layer_ids * hidden_size"), DENSE), **_norms("main_norm")},
         {
             **_norms("norm"),
             f"markov_head.{first}.weight": ranked,
             f"markov_head.{second}.weight": ranked,
-            "confidence_head.proj.weight": ((1, "confidence"), "float32"),
+            "confidence_head.proj.weight": ((1, "hidden_size + dspark_markov_rank"), "float32"),
             **more,
         },
     )
@@ -148,5 +153,16 @@ LAYOUTS: dict[str, Layout] = {
             **_norms("layers.0.enorm", "layers.0.hnorm", "layers.1.final_layernorm"),
         },
         block="mtp.layers.{n}.",
+    ),
+    "KimiK3ForConditionalGeneration": Layout("", KIMI_K3_SOURCE, stated=KIMI_K3),
+    "MiniMaxM3SparseForConditionalGeneration": Layout(
+        "minimax_m3_vl",
+        "transformers minimax_m3_vl and its conversions; its scales: MiniMaxAI/MiniMax-M3-MXFP8, as programs read them",
+        whole=True,
+        repaired=(
+            *((f".block_sparse_moe.{one}_proj.", f".mlp.{one}_proj.") for one in ("gate", "up", "down")),
+            (".block_sparse_moe.fc", ".mlp.fc"),
+        ),
+        single=("block_sparse_moe.gate.", "e_score_correction_bias", "patch_embedding"),
     ),
 }

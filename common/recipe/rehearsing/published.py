@@ -1,16 +1,16 @@
 """A small checkpoint in the published layout of a model's own architecture: names, dtypes, formats, kinds of layers.
 
 Names and shapes come from transformers' class of the architecture and the conversions by which it reads the published
-checkpoint, run backwards; what transformers does not say, MTP and DSpark heads above all, from `layouts`. The layers
-are the first of each kind that the config names. Numbers are random; the files are what an engine's loader sees.
+checkpoint, run backwards; what transformers does not say, MTP and DSpark heads above all, from `layouts`, all of it
+where it has no class. The layers are the first of each kind that the config names. Numbers are random; the files are
+what an engine's loader sees.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from fourfold.common.recipe.rehearsing.deepseek_v41 import engram_rows
 from fourfold.common.recipe.rehearsing.formats import Shapes, written
 from fourfold.common.recipe.rehearsing.layouts import LAYOUTS, Layout
 from fourfold.common.recipe.rehearsing.replica import write_tokenizer
+from fourfold.common.recipe.rehearsing.stated import shapes_of, size
 from fourfold.common.recipe.rehearsing.traits import EXPERTS, MTP, PER_TOKEN
 
 if TYPE_CHECKING:
@@ -30,11 +31,16 @@ if TYPE_CHECKING:
 MOST: dict[str, int] = {
     "hidden_size": 512,
     "intermediate_size": 512,
+    "dense_intermediate_size": 512,
+    "shared_intermediate_size": 512,
+    "projector_hidden_size": 512,
+    "routed_expert_hidden_size": 256,
     "moe_intermediate_size": 256,
     "shared_expert_intermediate_size": 256,
     "moe_shared_expert_intermediate_size": 256,
     "moe_latent_size": 256,
     "mamba_num_heads": 32,
+    "num_heads": 12,  # of linear attention: those of Kimi K3 on one of eight ranks, which kernels are written for
     "num_attention_heads": 64,
     "num_key_value_heads": 64,
     "q_lora_rank": 256,
@@ -51,13 +57,18 @@ MOST_VISION: dict[str, int] = {
     **dict.fromkeys(("num_hidden_layers", "depth"), 1),
     **dict.fromkeys(("num_attention_heads", "num_heads"), 4),
     **dict.fromkeys(("hidden_size", "intermediate_size"), 256),
-    "out_hidden_size": MOST["hidden_size"],
+    **dict.fromkeys(("out_hidden_size", "text_hidden_size", "projection_dim"), MOST["hidden_size"]),
+}
+MOST_VISION |= {f"vt_{key}": most for key, most in MOST_VISION.items()} | {
+    "qkv_hidden_size": 256,
+    "mm_hidden_size": 256,
 }
 NOT_ASKED = ("quantization_config", "architectures")  # of transformers' class
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "dspark_noise_token_id")
 ONE = ("candidate_source_layer_id",)  # a layer of a kind of its own
 UP_TO = ("num_hash_layers", "first_k_dense_replace")  # layers below this number are of a kind of their own
 LAYER = re.compile(r"(?:model\.(?:language_model\.)?|backbone\.)?layers\.(\d+)\.(.*)")
+ONE_BASED = ("kda_layers", "full_attn_layers")  # numbers of layers that count from 1
 KINDS = "layers_block_type"  # of every layer; of those of an MTP module with the prefix ``mtp_``
 
 
@@ -103,11 +114,11 @@ def write_published(path: Path, config: Mapping[str, Any]) -> Published:
         raise FourfoldError(f"architecture {architecture}: no published layout is known; known: {', '.join(LAYOUTS)}")
     small, layers = shrunken(config)
     text = small.get("text_config", small)
-    draft = _draft(text)
+    draft = _draft(text) if layout.mtp else None
     shapes = _shapes(layout, text, draft, {} if text is small else small)
     if layout.finish is not None:
         shapes = layout.finish(small, shapes)
-    tensors = dict(written(shapes, layout.scale, small))
+    tensors = dict(written(shapes, layout.scale, {**small, **text}))
     path.mkdir(parents=True)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     (path / "config.json").write_text(json.dumps(small, indent=1))
@@ -119,7 +130,7 @@ def shrunken(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]
     """The config with small sizes and one layer of each kind, and which layers these are."""
     if "text_config" in config:
         text, kept = shrunken(config["text_config"])
-        outer = {key: value for key, value in config.items() if key != "text_config"}
+        outer = {key: min(value, MOST[key]) if key in MOST and value else value for key, value in config.items()}
         outer["text_config"] = text
         if "vision_config" in config:
             vision = config["vision_config"]
@@ -127,19 +138,14 @@ def shrunken(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]
         _renumber(outer, kept, _layers(config["text_config"]))
         return outer, kept
     total = _layers(config)
-    per_layer = [key for key, value in config.items() if isinstance(value, list) and 0 <= len(value) - total <= 4]
-    ids = [key for key in config if key.endswith("_layer_ids") and key != "dspark_target_layer_ids"]
+    said = [*_said(config, total)]
     kinds: dict[tuple[Any, ...], int] = {}
     for layer in range(total):
-        lists = (config[key][layer] for key in per_layer)
-        among = (layer in config[key] for key in ids)
         below = (layer < (config.get(key) or 0) for key in UP_TO)
-        kinds.setdefault((*lists, *among, *below, *(layer == config.get(key) for key in ONE)), layer)
+        one = (layer == config.get(key) for key in ONE)
+        kinds.setdefault((*(of(layer) for of in said), *below, *one), layer)
     kept = tuple(kinds.values())
-    small = {key: min(value, MOST[key]) if key in MOST and value else value for key, value in config.items()}
-    small["num_hidden_layers"] = len(kept)
-    small |= {key: [config[key][layer] for layer in kept] + config[key][total:] for key in per_layer}
-    small |= {key: [kept.index(layer) for layer in config[key] if layer in kept] for key in ids}
+    small = _narrowed(config, kept, total) | {"num_hidden_layers": len(kept)}
     small |= {key: kept.index(config[key]) for key in ONE if config.get(key) in kept}
     small |= {key: sum(layer < config[key] for layer in kept) for key in UP_TO if config.get(key)}
     for key in TOKENS:
@@ -155,6 +161,40 @@ def shrunken(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]
     if config.get("engram_layer_ids"):
         small["engram_num_embeddings"] = engram_rows(small)
     return small, kept
+
+
+def _said(config: Mapping[str, Any], total: int) -> Iterator[Callable[[int], Any]]:
+    """What lists of the config, and of its parts, say of a layer."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key != "quantization_config":
+            yield from _said(value, total)
+        elif key in ONE_BASED:
+            yield lambda layer, those=value: layer + 1 in those
+        elif _names_layers(key):
+            yield lambda layer, those=value: layer in those
+        elif isinstance(value, list) and 0 <= len(value) - total <= 4:
+            yield value.__getitem__
+
+
+def _narrowed(config: Mapping[str, Any], kept: tuple[int, ...], total: int) -> dict[str, Any]:
+    """The config, and its parts, with small sizes and those layers alone."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key != "quantization_config":
+            out[key] = _narrowed(value, kept, total)
+        elif key in ONE_BASED:
+            out[key] = [kept.index(number - 1) + 1 for number in value if number - 1 in kept]
+        elif _names_layers(key):
+            out[key] = [kept.index(number) for number in value if number in kept]
+        elif isinstance(value, list) and 0 <= len(value) - total <= 4:
+            out[key] = [value[layer] for layer in kept] + value[total:]
+        else:
+            out[key] = min(value, MOST[key]) if key in MOST and value else value
+    return out
+
+
+def _names_layers(key: str) -> bool:
+    return key.endswith("_layer_ids") and key != "dspark_target_layer_ids"
 
 
 def _layers(config: Mapping[str, Any]) -> int:
@@ -194,8 +234,10 @@ def _draft(config: Mapping[str, Any]) -> str | None:
 
 def _shapes(layout: Layout, config: Mapping[str, Any], draft: str | None, outer: Mapping[str, Any]) -> Shapes:
     """Published names of the whole checkpoint; ``outer``: the config that this one of the text model is in."""
+    if layout.stated:
+        return shapes_of(layout.stated, {**outer, **config})
     stages = len(config["dspark_target_layer_ids"]) if draft == "dspark" else 0
-    modules = stages or int(next((config[key] for key in MTP if config.get(key)), 0))
+    modules = stages or (int(next(config[key] for key in MTP if config.get(key))) if draft else 0)
     layers, out = int(config["num_hidden_layers"]), Shapes()
     more_layers = modules * len(config.get(f"mtp_{KINDS}") or [1])
     for name, spec in _model_shapes(layout, config, layers + more_layers, outer).items():
@@ -212,24 +254,12 @@ def _shapes(layout: Layout, config: Mapping[str, Any], draft: str | None, outer:
             first, last = layout.dspark
             more = {**(first if module == 0 else {}), **(last if module == stages - 1 else {})}
         for name, (sizes, tag) in more.items():
-            out[_module(layout.mtp, module, layers) + name] = (tuple(_size(size, config) for size in sizes), tag)
+            out[_module(layout.mtp, module, layers) + name] = (tuple(size(one, config) for one in sizes), tag)
     return out
 
 
 def _module(prefix: str, number: int, layers: int) -> str:
     return prefix.format(n=number, layer=layers + number)
-
-
-def _size(size: Any, config: Mapping[str, Any]) -> int:
-    if isinstance(size, int):
-        return size
-    if isinstance(size, tuple):
-        return math.prod(_size(part, config) for part in size)
-    if size == "dspark_targets":
-        return len(config["dspark_target_layer_ids"])
-    if size == "confidence":
-        return config["hidden_size"] + config["dspark_markov_rank"]
-    return int(config[size])
 
 
 def _model_shapes(layout: Layout, config: Mapping[str, Any], layers: int, outer: Mapping[str, Any]) -> Shapes:
@@ -269,4 +299,7 @@ def _model_shapes(layout: Layout, config: Mapping[str, Any], layers: int, outer:
             dtype = torch.float32 if any(part in name for part in single) else torch.bfloat16
         tagged[name.removeprefix(layout.strip)] = torch.empty(tensor.shape, dtype=dtype, device="meta")
     published = revert_weight_conversion(model, tagged)
-    return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in published.items()}
+    return {
+        name: (tuple(t.shape), "float32" if any(one in name for one in layout.single) else str(t.dtype).split(".")[1])
+        for name, t in published.items()
+    }
