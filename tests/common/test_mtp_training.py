@@ -18,6 +18,7 @@ from fourfold.common.mtp.head import Formula
 from fourfold.common.mtp.reader import read_head
 from fourfold.common.mtp.reference import Depth, ReferenceHead
 from fourfold.common.mtp.training import fit
+from fourfold.common.mtp.training.distil import ROWS, distil
 from fourfold.common.mtp.training.head import TrainedHead
 from fourfold.common.mtp.training.run import frequent
 from fourfold.common.mtp.training.states import States
@@ -81,6 +82,21 @@ def test_accepted_walks_as_an_engine_does() -> None:
     assert fit.accepted(right, [5]) == [1, 1, 2]
     assert fit.accepted(right[:, :4], [2, 2]) == [2, 2, 2]
     assert fit.accepted(torch.zeros(2, 3, dtype=torch.bool), [3]) == [0, 0, 2]
+
+
+def test_the_loss_and_its_gradient_are_those_of_autograd() -> None:
+    torch.manual_seed(0)
+    words, count = torch.randn(50, 8), 2 * ROWS + 3  # the last rows are not a full part
+    states, target = torch.randn(count, 8, requires_grad=True), torch.randn(count, 8)
+    loss, drafts = distil(states, target, words)
+    (3 * loss).backward()
+    found, states.grad = states.grad, None
+    logits = states @ words.T
+    wanted = torch.nn.functional.cross_entropy(logits, (target @ words.T).softmax(-1), reduction="sum")
+    (3 * wanted).backward()
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(found, states.grad, atol=1e-5, rtol=1e-5)
+    assert drafts.equal(logits.argmax(-1))
 
 
 def test_frequent_words() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from fourfold.common.mtp.training.distil import distil
 from fourfold.common.mtp.training.head import TrainedHead
 from fourfold.common.mtp.training.states import States, batches
 
@@ -88,21 +88,16 @@ def chain(
     count = hidden.shape[1]
     starts = answer[:, :count]
     label = places[tokens]
-    with torch.no_grad():  # the state of column i gives the distribution of the token of column i
-        wanted = head.logits(hidden[starts]).float().softmax(-1)
-        row = answer.flatten().cumsum(0).view_as(answer) - 1
     loss, right = torch.zeros((), device=device), []
     for step, feedback in enumerate(head.states(tokens, hidden, steps)):
-        predicted = slice(step + 1, step + 1 + count)
-        within = starts & answer[:, predicted]
-        labels = label[:, predicted][within]
-        logits = head.logits(feedback[within]).float()
-        drafted = labels >= 0
-        if drafted.any():
-            share = wanted[row[:, predicted][within][drafted]]
-            loss = loss + DECAY**step * cross_entropy(logits[drafted], share, reduction="sum") / len(labels)
+        within = starts & answer[:, step + 1 : step + 1 + count]
         found = torch.zeros_like(within)
-        found[within] = logits.argmax(-1) == labels
+        row, column = (within & (label[:, step + 1 : step + 1 + count] >= 0)).nonzero(as_tuple=True)
+        if len(row):
+            after = column + step + 1  # the state of column i gives the distribution of the token of column i
+            part, drafts = distil(feedback[row, column], hidden[row, after], head.words)
+            loss = loss + DECAY**step * part / within.sum()
+            found[row, column] = drafts == label[row, after]
         right.append(found[starts])
     return loss, torch.stack(right)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from fourfold.common.errors import FourfoldError
 
@@ -109,10 +108,6 @@ class TrainedHead(nn.Module):
             hidden = self.norm(hidden[0] if isinstance(hidden, tuple) else hidden)
             out.append(hidden)
         return out
-
-    def logits(self, states: Tensor) -> Tensor:
-        """[..., W] of states [..., H]."""
-        return linear(states.to(self.words.dtype), self.words)
 
     def _named(self) -> dict[str, Tensor]:
         """The parameters under their names in a checkpoint."""
