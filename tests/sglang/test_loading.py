@@ -18,12 +18,13 @@ from engine_cases import (  # noqa: F401
     test_quantises_while_loading_over_two_ranks_with_bias,
     test_w4a4_checkpoint_of_modelopt_layout,
 )
+from forked_server import ForkedServer
 
 from fourfold.common import compat
 from fourfold.common.errors import FourfoldError
 from fourfold.common.serving import EngineServer
 
-ARGUMENTS = ["--dtype", "bfloat16", "--context-length", "128", "--max-total-tokens", "1024"]
+ARGUMENTS = ["--dtype", "bfloat16", "--context-length", "128", "--max-total-tokens", "1024", "--sleep-on-idle"]
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def start(tmp_path: Path) -> Start:
         env = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
         if settings is not None:
             env["FOURFOLD_CONFIG"] = json.dumps(settings)
-        return EngineServer("sglang", str(model), tmp_path / "log", [*ARGUMENTS, *arguments, *more], env)
+        return ForkedServer("sglang", str(model), tmp_path / "log", [*ARGUMENTS, *arguments, *more], env)
 
     return server
 
@@ -51,10 +52,13 @@ def test_platform_refuses_what_it_cannot_run(start: Start, cut: Path) -> None:
 
 
 def test_installed_but_unused_changes_nothing(cut: Path, tmp_path: Path) -> None:
-    """The platform is fourfold's in both runs, for SGLang runs on no other here; the plugin is on and off."""
+    """The platform is fourfold's in both runs, for SGLang runs on no other here; the plugin is on and off.
+
+    With it as a user starts SGLang.
+    """
     found = []
-    for plugins in ("fourfold", "none"):
-        server = EngineServer("sglang", str(cut), tmp_path / plugins, ARGUMENTS, {"SGLANG_PLUGINS": plugins})
+    for plugins, kind in (("fourfold", EngineServer), ("none", ForkedServer)):
+        server = kind("sglang", str(cut), tmp_path / plugins, ARGUMENTS, {"SGLANG_PLUGINS": plugins})
         with server:
             answers = engine_checks.ask(server, cut, FEW, 16)
             assert not [line for line in engine_checks.fourfold_lines(server) if "nvfp4 w4" in line]

@@ -17,6 +17,7 @@ from engine_cases import (  # noqa: F401
     test_quantises_while_loading_over_two_ranks_with_bias,
     test_w4a4_checkpoint_of_modelopt_layout,
 )
+from forked_server import ForkedServer
 from transformers import AutoModelForCausalLM
 
 from fourfold.common.quant.checkpoint.convert import Options, convert
@@ -33,7 +34,7 @@ def start(tmp_path: Path) -> Start:
         if settings is not None:
             more += ["--additional-config", json.dumps({"fourfold": settings})]
         bind = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
-        return EngineServer("vllm", str(model), tmp_path / "log", [*ARGUMENTS, *arguments, *more], bind)
+        return ForkedServer("vllm", str(model), tmp_path / "log", [*ARGUMENTS, *arguments, *more], bind)
 
     return server
 
@@ -57,9 +58,10 @@ def test_statistics_beside_the_model_weight_the_search(start: Start, cut: Path, 
 
 
 def test_installed_but_unused_changes_nothing(cut: Path, tmp_path: Path) -> None:
+    """With fourfold as a user starts it."""
     found = []
-    for disabled in ("0", "1"):
-        server = EngineServer("vllm", str(cut), tmp_path / disabled, ARGUMENTS, {"FOURFOLD_DISABLE": disabled})
+    for disabled, kind in (("0", EngineServer), ("1", ForkedServer)):
+        server = kind("vllm", str(cut), tmp_path / disabled, ARGUMENTS, {"FOURFOLD_DISABLE": disabled})
         with server:
             answers = engine_checks.ask(server, cut, FEW, 16)
             lines = engine_checks.fourfold_lines(server)
