@@ -14,11 +14,13 @@ ORIGINAL, RENAMED = "layers.1.attn.indexer.wq_b.weight", "layers.1.attn.indexer.
 LEFT_OUT = "layers.3.ffn.experts.5.w2.weight"
 
 
-def damaged(checkpoint: Published, folder: Path) -> Published:
-    """A copy of DeepSeek V4's in the new directory ``folder``."""
+def damaged(
+    checkpoint: Published, folder: Path, original: str = ORIGINAL, renamed: str = RENAMED, left_out: str = LEFT_OUT
+) -> Published:
+    """A copy in the new directory ``folder``; the names are DeepSeek V4's unless they are given."""
     shutil.copytree(checkpoint.path, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors[RENAMED] = tensors.pop(ORIGINAL)
-    del tensors[LEFT_OUT]
+    tensors[renamed] = tensors.pop(original)
+    del tensors[left_out]
     save_file(tensors, folder / "model.safetensors")
     return replace(checkpoint, path=folder, tensors=len(tensors))

@@ -1,4 +1,4 @@
-"""DeepSeek V4 on SGLang's own classes: a small checkpoint in its published layout loads whole, a damaged one does not.
+"""Models on SGLang's own classes: a small checkpoint in the published layout loads whole, a damaged one does not.
 
 SGLang warns of a tensor that it does not know and of a parameter that gets none, and serves.
 """
@@ -54,3 +54,50 @@ def test_a_damaged_checkpoint_is_named(checkpoint: Published, tmp_path: Path) ->
         "model.layers.3.mlp.experts.w2_weight",
     ]
     assert loaded.missing["model.layers.3.mlp.experts.w2_weight"].endswith("in expert 5")
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "damage", "missing"),
+    [
+        pytest.param(
+            "deepseek-v3.2/gb200",
+            ["DeepseekV32ForCausalLM", "DeepseekV3ForCausalLMNextN"],
+            {
+                "original": "model.layers.1.self_attn.indexer.wq_b.weight",
+                "renamed": "model.layers.1.self_attn.indexer.wq_bb.weight",
+                "left_out": "model.layers.2.mlp.experts.5.down_proj.weight",
+            },
+            {
+                "model.layers.1.self_attn.indexer.wq_b.weight": "2097152 of 2097152 elements",
+                "model.decoder.mlp.experts.w2_weight": "131072 of 2097152 elements, in expert 5",
+            },
+            id="deepseek-v3.2",
+        ),
+        pytest.param(
+            "qwen3.5/gb300",
+            ["Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForCausalLMMTP"],
+            {
+                "original": "model.visual.merger.linear_fc2.weight",
+                "renamed": "model.visual.merger.linear_fc3.weight",
+                "left_out": "mtp.layers.0.mlp.experts.5.down_proj.weight",
+            },
+            {
+                "visual.merger.linear_fc2.weight": "524288 of 524288 elements",
+                "model.layers.0.mlp.experts.w2_weight": "131072 of 2097152 elements, in expert 5",
+            },
+            id="qwen3.5",
+        ),
+    ],
+)
+def test_another_family_loads_but_for_its_damage(
+    tmp_path: Path, name: str, classes: list[str], damage: dict[str, str], missing: dict[str, str]
+) -> None:
+    known = Catalogue()
+    recipe = known.recipe(name)
+    whole = write_published(tmp_path / "model", known.config(recipe.model))
+    checkpoint = damaged(whole, tmp_path / "damaged", **damage)
+    given = chosen("sglang", engine_of(recipe, "sglang"), "aggregated")
+    loaded = load_checkpoint("sglang", checkpoint, given, known.hardware(recipe.hardware), {}, tmp_path)
+    assert loaded.unable is None and loaded.classes == classes, loaded
+    assert [*loaded.refused, *loaded.unused] == [damage["renamed"]]
+    assert loaded.missing == missing

@@ -1,4 +1,4 @@
-"""DeepSeek V4 on vLLM's own classes: a small checkpoint in its published layout loads whole, a damaged one does not."""
+"""Models on vLLM's own classes: a small checkpoint in the published layout loads whole, a damaged one does not."""
 
 from __future__ import annotations
 
@@ -91,6 +91,60 @@ def test_a_checkpoint_with_engrams_and_a_tower(known: Catalogue, tmp_path: Path)
     assert loaded.of == [0, 1, 2, 3, 14, 20, 21, 24]
     engrams = [layer["layers"] for layer in loaded.layers if "engram" in layer["parts"]]
     assert engrams == [["1"], ["4"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "of", "damage", "missing"),
+    [
+        pytest.param(
+            "deepseek-v3.2/gb200",
+            ["DeepseekV32ForCausalLM", "DeepseekV32MTP"],
+            [0, 3],
+            {
+                "original": "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",  # a part of a fused projection
+                "renamed": "model.layers.1.self_attn.kv_a_proj_with_mqq.weight",
+                "left_out": "model.layers.1.mlp.experts.5.down_proj.weight_scale",
+            },
+            {
+                "model.layers.1.self_attn.fused_qkv_a_proj.weight": "294912 of 425984 elements",
+                "model.layers.1.mlp.experts.routed_experts.w2_weight_scale": "8192 of 131072 elements, in expert 5",
+            },
+            id="deepseek-v3.2",
+        ),
+        pytest.param(
+            "nemotron-3-ultra/gb300",
+            ["NemotronHForCausalLM", "NemotronHMTP"],
+            [0, 1, 7],
+            {
+                "original": "mtp.layers.0.eh_proj.weight",
+                "renamed": "mtp.layers.0.eh_projj.weight",
+                "left_out": "backbone.layers.1.mixer.experts.5.up_proj.weight_scale",
+            },
+            {
+                "model.layers.0.eh_proj.weight": "524288 of 524288 elements",
+                "model.layers.1.mixer.experts.routed_experts.w13_weight_scale": "4096 of 65536 elements, in expert 5",
+            },
+            id="nemotron-3-ultra",
+        ),
+    ],
+)
+def test_another_family_loads_but_for_its_damage(
+    known: Catalogue,
+    tmp_path: Path,
+    name: str,
+    classes: list[str],
+    of: list[int],
+    damage: dict[str, str],
+    missing: dict[str, str],
+) -> None:
+    recipe = known.recipe(name)
+    whole = write_published(tmp_path / "model", known.config(recipe.model))
+    checkpoint = damaged(whole, tmp_path / "damaged", **damage)
+    given = chosen("vllm", engine_of(recipe, "vllm"), "aggregated")
+    loaded = load_checkpoint("vllm", checkpoint, given, known.hardware(recipe.hardware), {}, tmp_path)
+    assert loaded.unable is None and loaded.classes == classes and loaded.of == of, loaded
+    assert [*loaded.refused, *loaded.unused] == [damage["renamed"]]
+    assert loaded.missing == missing
 
 
 def test_kinds_of_layers(known: Catalogue) -> None:
