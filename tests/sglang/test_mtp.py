@@ -21,6 +21,7 @@ import engine_checks
 import oracle
 import pytest
 import torch
+from forked_server import ForkedServer
 from oracle_mla import DEEPSEEK
 from safetensors.torch import load_file, save_file
 from sglang_answers import SIZES, TOKENS, accepted, exchange, generate
@@ -102,7 +103,7 @@ def servers(
         env = {"OMP_NUM_THREADS": "1"} | environments.get(name, {})
         # Not of the range from which the servers beside it take ports for themselves.
         port = free_port(21700 + len(running))
-        running[name] = EngineServer("sglang", str(model), path / f"{name}.log", arguments, env, port)
+        running[name] = ForkedServer("sglang", str(model), path / f"{name}.log", arguments, env, port)
     with engine_checks.running(running):
         yield running
 
@@ -344,7 +345,7 @@ def test_real_attention_gives_the_text_of_pytorch(servers: dict[str, EngineServe
 
 def test_platform_refuses_trees(cut: Path, tmp_path: Path) -> None:
     flags = [*FLAGS, str(K), "--speculative-eagle-topk", "2", "--speculative-draft-model-path", str(cut)]
-    server = EngineServer("sglang", str(cut), tmp_path / "log", flags)
+    server = ForkedServer("sglang", str(cut), tmp_path / "log", flags)
     with pytest.raises(FourfoldError, match="sglang ended with status"), server:
         pass
     assert "--speculative-eagle-topk 2 does not run on fourfold_cpu" in server.log.read_text()

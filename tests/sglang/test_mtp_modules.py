@@ -13,6 +13,7 @@ from pathlib import Path
 import engine_checks
 import oracle
 import pytest
+from forked_server import ForkedServer
 from oracle_modules import expected_drafts
 from sglang_answers import SIZES, TOKENS, accepted, exchange, generate
 
@@ -45,7 +46,7 @@ def server(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     assert flags[flags.index("--speculative-num-steps") + 1] == "2" and "--enable-multi-layer-eagle" in flags
     more = ["--speculative-num-steps", str(K), "--speculative-num-draft-tokens", str(K + 1), *SIZES]
     target = models["right"].parent / "target"
-    started = EngineServer(
+    started = ForkedServer(
         "sglang", str(target), path / "log", [*flags, *more], {"OMP_NUM_THREADS": "1"}, free_port(21750)
     )
     with started:

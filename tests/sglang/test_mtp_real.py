@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import real_head
+from forked_server import ForkedServer
 from real_head import K
 
 from fourfold.common.mtp.engines import WORDS
@@ -28,7 +29,7 @@ def runs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, l
     speculative += ["--speculative-draft-model-path", str(draft), "--speculative-token-map", str(draft / WORDS)]
     found = {}
     for name, more in (("plain", []), ("MTP", speculative)):
-        with EngineServer("sglang", str(smollm2), folder / f"{name}.log", [*SIZES, *more]) as server:
+        with ForkedServer("sglang", str(smollm2), folder / f"{name}.log", [*SIZES, *more]) as server:
             found[name] = ask(server, real_head.prompts(smollm2))
     return found
 

@@ -11,7 +11,7 @@ import pytest
 
 from fourfold.common.serving import EngineServer
 
-ARGUMENTS = ["--quantization", "fourfold_nvfp4", "--dtype", "bfloat16", "--context-length", "512"]
+ARGUMENTS = ["--quantization", "fourfold_nvfp4", "--dtype", "bfloat16", "--context-length", "512", "--sleep-on-idle"]
 
 
 @pytest.fixture(scope="module")
