@@ -76,7 +76,8 @@ def models(request: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, tupl
     initialize_fp8_gemm_config()
     initialize_fp4_gemm_config()
     for role in ("target", "draft") if request["draft"] else ("target",):
-        config = ModelConfig.from_server_args(server_args, model_path=request["model"], is_draft_model=role == "draft")
+        path = request["draft_model" if role == "draft" else "model"]
+        config = ModelConfig.from_server_args(server_args, model_path=path, is_draft_model=role == "draft")
         if role == "target":
             bootstrap.init_layer_runtime(model_config=config)
         load_config = LoadConfig()

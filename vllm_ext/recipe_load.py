@@ -22,13 +22,13 @@ from fourfold.common.recipe.rehearsing.placement import Here, NeedsGPU
 from fourfold.common.serving import free_port
 from fourfold.vllm_ext import recipe_probe
 
-BUNDLED = re.compile(r"(vllm\.third_party\.deep_gemm|flashinfer|cutlass|cuda)(\..*)?$")
+BUNDLED = re.compile(r"(vllm\.third_party\.deep_gemm|vllm\._flashkda_C|flashinfer|cutlass|cuda)(\..*)?$")
 IGNORED = re.compile("(?!)")  # nothing
 PROCESSORS = 148  # of a B200; no parameter depends on it
 LANGUAGES = ("cutlass", "cuda")  # whose names kernels are written with
 
 FROM_TARGET = ("embed_tokens", "lm_head", "shared_head.head")
-DEFAULTS = ("k_scale", "v_scale", "q_scale", "prob_scale")
+DEFAULTS = ("k_scale", "v_scale", "q_scale", "prob_scale", "mask_embedding")  # of DSpark, which some bring
 
 
 class Nothing:
@@ -97,6 +97,11 @@ class Bundled(Loader, MetaPathFinder):
         module.__getattr__ = find
 
 
+def _no_bytes(*sizes: int) -> int:
+    """What a kernel wants for itself while it runs: layers ask when they are built."""
+    return 0
+
+
 def _properties(device: Any = None) -> Any:
     """What a driver would say of the machine; layers size their buffers by the number of processors."""
     machine = recipe_probe.simulation.machine
@@ -136,6 +141,7 @@ def models(request: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, tupl
     if recipe_probe.simulation is not None:
         # Names of vLLM's kernels, which its layers take when they are built: only now, for modules ask at import which
         # there are.
+        recipe_probe.simulation.stand_in(lambda name: name == "get_workspace_size", lambda path: _no_bytes)
         recipe_probe.simulation.stand_in(lambda name: not name.startswith("__"), Kernel)
     address = f"tcp://127.0.0.1:{free_port()}"
     torch.set_default_dtype(config.model_config.dtype)

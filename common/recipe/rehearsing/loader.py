@@ -1,8 +1,9 @@
 """Load a checkpoint with an engine's own classes: ``python -m fourfold...rehearsing.loader REQUEST ANSWER``.
 
 Runs in the engine's interpreter. The engine's adapter (``recipe_load.py`` of ``vllm_ext`` or ``sglang_ext``) builds the
-models; their own ``load_weights`` reads the checkpoint under the eyes of `placement`. The answer is one JSON object:
-``models``, and ``unable``, why a class could not be built. Contract of both: `loading`.
+models; their own ``load_weights`` reads the checkpoint under the eyes of `placement`, a draft's its own where it has
+one, of whose tensors the names begin with ``draft: ``. The answer is one JSON object: ``models``, and ``unable``, why a
+class could not be built. Contract of both: `loading`.
 """
 
 from __future__ import annotations
@@ -32,10 +33,15 @@ def main(request_path: str, answer_path: str) -> None:
         from fourfold.common.recipe.rehearsing.placement import place
 
         adapter = importlib.import_module(f"fourfold.{request['engine']}_ext.recipe_load")
-        tensors = _tensors(Path(request["model"]))
+        own = request["draft_model"] != request["model"]
+        read = {"target": _tensors(Path(request["model"]))}
+        read["draft"] = _tensors(Path(request["draft_model"])) if own else read["target"]
+        every = set(read["target"])
         for role, model, shared in adapter.models(request):
             parameters = dict(model.named_parameters())
-            placed = place(parameters, model.load_weights, tensors)
+            placed = place(parameters, model.load_weights, read[role])
+            mark = "draft: " if own and role == "draft" else ""
+            every |= {mark + name for name in read[role]}
             unfilled = {name: what for name, what in placed.unfilled.items() if not _among(name, shared)}
             models.append(
                 {
@@ -43,16 +49,16 @@ def main(request_path: str, answer_path: str) -> None:
                     "class": type(model).__name__,
                     "module": type(model).__module__,
                     "parameters": placed.parameters,
-                    "taken": sorted(placed.taken),
+                    "taken": sorted(mark + name for name in placed.taken),
                     "unfilled": unfilled,
                     "shared": sorted(set(placed.unfilled) - set(unfilled)),
-                    "refused": placed.refused,
+                    "refused": {mark + name: why for name, why in placed.refused.items()},
                     "unfinished": placed.unfinished,
                     "layers": layers(model),
                 }
             )
-        answer["tensors"] = sorted(tensors)
-        answer["ignored"] = [name for name in sorted(tensors) if adapter.IGNORED.fullmatch(name)]
+        answer["tensors"] = sorted(every)
+        answer["ignored"] = [name for name in sorted(every) if adapter.IGNORED.fullmatch(name)]
     except BaseException as error:  # engines end with SystemExit, too
         traceback.print_exc()
         answer["unable"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"

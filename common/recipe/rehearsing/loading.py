@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.common.recipe.launch import flags
+from fourfold.common.recipe.rehearsing import drafts
 from fourfold.common.recipe.rehearsing.published import Published, write_published
 from fourfold.common.recipe.schema import EngineRecipe, HardwareSheet, RoleName
 from fourfold.common.settings import cache_dir
@@ -55,6 +56,12 @@ SGLANG_DRAFTS: dict[str, dict[str, Any]] = {
         "speculative-num-draft-tokens": 2,
     },
     "dspark": {"speculative-algorithm": "DSPARK"},
+    "eagle3": {
+        "speculative-algorithm": "EAGLE3",
+        "speculative-num-steps": 1,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": 2,
+    },
 }
 SIMULATED: dict[str, tuple[str, ...]] = {  # what a simulated machine does not have
     "vllm": (),
@@ -178,6 +185,7 @@ def load(
     sheet: HardwareSheet,
     env: Mapping[str, str],
     folder: Path,
+    draft: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Load a small checkpoint of ``config``'s architecture with the classes of the engine of this environment.
 
@@ -186,12 +194,16 @@ def load(
         sheet: the machine that the recipe is for.
         env: variables for the engine.
         folder: for the checkpoint and the engine's log; it exists.
+        draft: config of the draft model that the options name; None: they name none, or it has no card.
 
     Raises:
         FourfoldError: the published layout of the architecture is not known.
     """
     with tempfile.TemporaryDirectory(prefix="fourfold-published-") as scratch:
-        return load_checkpoint(engine, write_published(Path(scratch) / "model", config), given, sheet, env, folder)
+        checkpoint = write_published(Path(scratch) / "model", config)
+        if draft is not None and drafts.known(draft):
+            checkpoint = drafts.with_draft(checkpoint, draft)
+        return load_checkpoint(engine, checkpoint, given, sheet, env, folder)
 
 
 def load_checkpoint(
@@ -206,13 +218,16 @@ def load_checkpoint(
     options = OWN[engine] | {name: value for name, value in given.items() if name in KEPT[engine]}
     options |= _drafting(engine, checkpoint, given)
     machine, left_out = _machine(sheet), {}
+    if checkpoint.draft_path is None and (name := drafts.named(given)):
+        left_out[f"the draft model {name}"] = "its published layout is not known"
     answer = _ask(engine, checkpoint, machine, options, env, folder)
     for name in BACKENDS[engine]:
         if answer["unable"] and name in options:
             value = options.pop(name)
             left_out[f"{name} {value}"] = answer["unable"]
             answer = _ask(engine, checkpoint, machine, options, env, folder)
-    return _read(engine, answer, checkpoint, machine, flags(engine, options), left_out)
+    shown = [flag.replace(str(checkpoint.draft_path), "DRAFT") for flag in flags(engine, options)]
+    return _read(engine, answer, checkpoint, machine, shown, left_out)
 
 
 def _ask(
@@ -228,6 +243,7 @@ def _ask(
         "engine": engine,
         "model": str(checkpoint.path),
         "draft": checkpoint.draft,
+        "draft_model": str(checkpoint.draft_path or checkpoint.path),
         "machine": machine,
         "arguments": flags(engine, options),
     }
@@ -261,11 +277,13 @@ def _drafting(engine: str, checkpoint: Published, given: Mapping[str, Any]) -> d
     """Options by which the engine builds the class of the checkpoint's own draft."""
     if checkpoint.draft is None:
         return {}
+    own = None if checkpoint.draft_path is None else str(checkpoint.draft_path)
     if engine == "sglang":
-        return SGLANG_DRAFTS[checkpoint.draft]
+        return SGLANG_DRAFTS[checkpoint.draft] | ({"speculative-draft-model-path": own} if own else {})
     asked = given.get("speculative-config") or {}
     tokens = int(asked.get("num_speculative_tokens") or 1)
-    return {"speculative-config": {"method": checkpoint.draft, "num_speculative_tokens": tokens}}
+    model = {"model": own} if own else {}
+    return {"speculative-config": {"method": checkpoint.draft, "num_speculative_tokens": tokens, **model}}
 
 
 def _machine(sheet: HardwareSheet) -> dict[str, Any] | None:

@@ -40,7 +40,7 @@ MOST: dict[str, int] = {
     "moe_shared_expert_intermediate_size": 256,
     "moe_latent_size": 256,
     "mamba_num_heads": 32,
-    "num_heads": 12,  # of linear attention: those of Kimi K3 on one of eight ranks, which kernels are written for
+    "num_heads": 16,  # of linear attention
     "num_attention_heads": 64,
     "num_key_value_heads": 64,
     "q_lora_rank": 256,
@@ -79,8 +79,9 @@ class Published:
     Attributes:
         layers: number of each layer in the model that it stands for.
         tensors: how many.
-        draft: ``mtp``, ``dspark`` or None: the head in it.
+        draft: ``mtp``, ``dspark``, ``eagle3`` or None: the head in it, or the draft model beside it.
         source: of the names.
+        draft_path: of the draft model's own checkpoint.
     """
 
     path: Path
@@ -89,6 +90,7 @@ class Published:
     tensors: int
     draft: str | None
     source: str
+    draft_path: Path | None = None
 
 
 def known(config: Mapping[str, Any]) -> bool:
@@ -106,8 +108,6 @@ def write_published(path: Path, config: Mapping[str, Any]) -> Published:
     Raises:
         FourfoldError: no layout of the architecture is known, or this transformers has no class of it.
     """
-    from safetensors.torch import save_file
-
     architecture = _architecture(config)
     layout = LAYOUTS.get(architecture)
     if layout is None:
@@ -118,12 +118,20 @@ def write_published(path: Path, config: Mapping[str, Any]) -> Published:
     shapes = _shapes(layout, text, draft, {} if text is small else small)
     if layout.finish is not None:
         shapes = layout.finish(small, shapes)
-    tensors = dict(written(shapes, layout.scale, {**small, **text}))
+    count = save(path, shapes, small, text, layout.scale)
+    return Published(path, architecture, layers, count, draft, layout.source)
+
+
+def save(path: Path, shapes: Shapes, config: Mapping[str, Any], text: Mapping[str, Any], scale: str) -> int:
+    """Write tensors, config and a tokenizer of ``text``'s vocabulary; how many tensors."""
+    from safetensors.torch import save_file
+
+    tensors = dict(written(shapes, scale, {**config, **text}))
     path.mkdir(parents=True)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_text(json.dumps(small, indent=1))
+    (path / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(path, text["vocab_size"])
-    return Published(path, architecture, layers, len(tensors), draft, layout.source)
+    return len(tensors)
 
 
 def shrunken(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:

@@ -20,7 +20,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.installed import installed_version
 from fourfold.common.recipe.launch import engine_of, flags, give_settings
 from fourfold.common.recipe.loading import Catalogue
-from fourfold.common.recipe.rehearsing import speculation
+from fourfold.common.recipe.rehearsing import drafts, speculation
 from fourfold.common.recipe.rehearsing.apart import Pair, answers_apart, pair
 from fourfold.common.recipe.rehearsing.asking import LIKELIEST, PROMPTS, TOKENS, Answers, ask
 from fourfold.common.recipe.rehearsing.loading import Loaded, chosen, load
@@ -194,7 +194,8 @@ def _load(
         return None
     tick("loading a small checkpoint of the model's own architecture")
     given = chosen(engine, plan, _role(plan))
-    return load(engine, config, given, known.hardware(recipe.hardware), env, folder)
+    draft = next((known.config(card.id) for card in known.draft_models() if card.repo == drafts.named(given)), None)
+    return load(engine, config, given, known.hardware(recipe.hardware), env, folder, draft)
 
 
 def _role(plan: EngineRecipe) -> RoleName:
