@@ -22,6 +22,7 @@ from typing import Any
 
 import engine_checks
 import pytest
+from forked_server import ForkedServer
 from oracle import ORDER, continuation, prompt, write_oracle
 
 from fourfold.common.mtp.extract import extract
@@ -42,7 +43,7 @@ def start(folder: Path, *arguments: str, experts: int = 0) -> EngineServer:
     (target / "config.json").write_text(json.dumps(config | ({"num_local_experts": experts} if experts else {})))
     speculative = {"method": "mtp", "model": str(folder / "draft"), "num_speculative_tokens": K}
     flags = [*ARGUMENTS, "--speculative-config", json.dumps(speculative), *arguments]
-    return EngineServer("vllm", str(target), folder / "log", flags, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"})
+    return ForkedServer("vllm", str(target), folder / "log", flags, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"})
 
 
 @pytest.fixture(scope="module")
