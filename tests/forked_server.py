@@ -69,6 +69,8 @@ class _Forked:
 def _serve(env: dict[str, str], arguments: list[str], log: str) -> None:
     """Be the engine's server: ``arguments`` are its module and what follows it on the command line."""
     os.setsid()
+    given: Any = multiprocessing
+    given.process._parent_process = None  # a program of its own, not part of this one's
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(out, descriptor)
@@ -78,7 +80,6 @@ def _serve(env: dict[str, str], arguments: list[str], log: str) -> None:
     os.register_at_fork(after_in_child=_threads)
     context: Any = multiprocessing.get_context("fork")
     multiprocessing.set_start_method("fork", force=True)
-    given: Any = multiprocessing
     given.set_start_method = lambda method, force=False: None
     given.get_context = lambda method=None: context
     sys.argv = arguments

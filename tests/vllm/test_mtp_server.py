@@ -17,6 +17,7 @@ from typing import Any
 
 import engine_checks
 import pytest
+from forked_server import ForkedServer
 from oracle import ORDER, PERMUTATION, SIZE, character, continuation, expected_drafts, probability, prompt, write_oracle
 
 from fourfold.common.mtp.extract import extract
@@ -38,7 +39,7 @@ def start(
     extract(model, folder / "draft", "vllm")
     speculative = {"method": "mtp", "model": str(folder / "draft"), "num_speculative_tokens": k}
     flags = [*ARGUMENTS, "--speculative-config", json.dumps(speculative), *arguments]
-    return EngineServer("vllm", str(target), folder / "log", flags, env or {"VLLM_CPU_OMP_THREADS_BIND": "0"})
+    return ForkedServer("vllm", str(target), folder / "log", flags, env or {"VLLM_CPU_OMP_THREADS_BIND": "0"})
 
 
 @pytest.fixture(scope="module")

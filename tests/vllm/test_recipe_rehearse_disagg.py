@@ -20,7 +20,8 @@ from fourfold.common.recipe.rehearsing.traits import ARCHITECTURES, read_traits
 from fourfold.common.recipe.rehearsing.transport import transport
 
 RECIPE = "deepseek-v4-pro/gb300-disagg-throughput"
-# The same, but that decode has no connector: it computes every prompt again, and answers as well.
+# The same, but that decode has no connector: it computes every prompt again, and answers as well. Prefill, which spins
+# as long as it keeps a cache that nobody takes, keeps one for six seconds.
 BROKEN = f"""schema: fourfold/recipe/1
 id: broken/decode
 title: decode takes no KV cache
@@ -29,7 +30,8 @@ engines:
   vllm:
     args: {{kv-transfer-config: null}}
     roles:
-      prefill: {{args: {{kv-transfer-config: {{kv_connector: NixlConnector, kv_role: kv_both}}}}}}
+      prefill: {{args: {{kv-transfer-config: {{kv_connector: NixlConnector, kv_role: kv_both,
+        kv_connector_extra_config: {{kv_lease_duration: 6}}}}}}}}
   sglang: null
 """
 
