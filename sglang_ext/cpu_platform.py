@@ -72,12 +72,14 @@ class FourfoldCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm in ("EAGLE", "NEXTN", ALGORITHM)
 
-    def get_speculative_worker_cls(self, algorithm: str) -> type:
-        from sglang.srt.runtime_context import get_spec
+    def get_speculative_worker_cls(self, algorithm: str) -> None:
+        """SGLang's own worker; what it launches is replaced when the process that creates it asks."""
+        from sglang.srt.runtime_context import get_context
 
-        from fourfold.sglang_ext.speculation import ChainWorker, ModulesWorker
+        if get_context().is_config_namespace_published("spec"):
+            from fourfold.sglang_ext.speculation import prepare
 
-        return ModulesWorker if get_spec().enable_multi_layer_eagle else ChainWorker
+            prepare()
 
     def get_speculative_cache_locs_fn(self) -> Callable[..., Tensor]:
         from fourfold.sglang_ext.speculation import extend_slots

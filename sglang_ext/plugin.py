@@ -2,8 +2,8 @@
 draft model class ``FourfoldMTP`` and the speculative algorithm ``FOURFOLD_MTP``.
 
 `register` is the entry point of ``sglang.srt.plugins``: SGLang calls it in every process. It adds to the tables that
-SGLang keeps for plugins (no patches of functions or classes), may be called again, never raises, and logs one line:
-that it registered, or what is missing and how to fix it.
+SGLang keeps for plugins (no patches of functions or classes, but with the setting ``mtp.adaptive_data_parallel``), may
+be called again, never raises, and logs one line: that it registered, or what is missing and how to fix it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def register() -> bool:
     log = logging.getLogger("fourfold")
     off = "fourfold is"
     try:
-        from fourfold.common.settings import disabled
+        from fourfold.common.settings import disabled, settings_from_env
 
         if disabled():
             return False
@@ -33,6 +33,11 @@ def register() -> bool:
 
             mtp_algorithm.register()
             _done.add("algorithm")
+        if "ranks" not in _done and settings_from_env().mtp.adaptive_data_parallel:
+            from fourfold.sglang_ext import mtp_parallel
+
+            mtp_parallel.register()
+            _done.add("ranks")
         # A process that has no model loader yet loads no models, and the registry would import all of SGLang's.
         if "MTP" not in _done and "sglang.srt.model_loader" in sys.modules:
             _mtp()

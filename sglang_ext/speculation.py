@@ -1,7 +1,7 @@
 """EAGLE speculation on the platform ``fourfold_cpu``: chains (topk 1), drafted and verified in PyTorch.
 
 SGLang's workers stay as they are. What they launch as Triton or compiled kernels is replaced, function by function,
-when a worker is created, so nothing changes in a process that does not speculate on this platform.
+when a worker is asked for, so nothing changes in a process that does not speculate on this platform.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.srt.distributed import parallel_state
+from sglang.srt.layers import dp_attention
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.sampler import top_p_normalize_probs_torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.model_executor import forward_batch_info
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.speculative import eagle_utils
-from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
-from sglang.srt.speculative.multi_layer_eagle_worker_v2 import MultiLayerEagleWorkerV2
 from torch import Tensor
 
 from fourfold.common.mtp.verify import verify_greedy, verify_tokens
@@ -34,13 +35,14 @@ class ChainAttention(TorchNativeAttnBackend):
         self.step = step
 
     def forward_extend(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *args: Any, **kw: Any):
+        forward_batch = copy.copy(forward_batch)
         if forward_batch.forward_mode.is_target_verify():
             # Such a batch has the committed lengths and none of an extension.
             committed, drafted = forward_batch.seq_lens, forward_batch.spec_info.draft_token_num
-            forward_batch = copy.copy(forward_batch)
             forward_batch.extend_prefix_lens = committed
             forward_batch.extend_seq_lens = torch.full_like(committed, drafted)
-            forward_batch.seq_lens = committed + drafted
+        # Not so for the requests that pad a batch to the length of another data-parallel rank's.
+        forward_batch.seq_lens = forward_batch.extend_prefix_lens + forward_batch.extend_seq_lens
         return super().forward_extend(q, k, v, layer, forward_batch, *args, **kw)
 
     def forward_decode(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *args: Any, **kw: Any):
@@ -48,6 +50,10 @@ class ChainAttention(TorchNativeAttnBackend):
             forward_batch = copy.copy(forward_batch)
             forward_batch.seq_lens = forward_batch.seq_lens + self.step + 1
         return super().forward_decode(q, k, v, layer, forward_batch, *args, **kw)
+
+    def get_cpu_graph_seq_len_fill_value(self) -> int:
+        """Length of the requests that pad a batch."""
+        return 0
 
 
 class DraftChain(AttentionBackend):
@@ -145,8 +151,8 @@ def verify_chain(
     target_predict: Tensor,
     topk: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Greedy verification. ``candidates`` [requests, 1 + drafted] begins with the last verified token."""
-    verified = verify_greedy(target_predict, candidates[:, 1:])
+    """Greedy verification. ``candidates`` [requests, 1 + drafted] begins with the last verified token; int32 alone."""
+    verified = verify_greedy(target_predict, candidates[:, 1:].long())
     return _accept(verified.tokens, verified.accepted, predicts, accept_index, accept_token_num, retrieve_index)
 
 
@@ -164,7 +170,7 @@ def verify_sampled(
 ) -> None:
     """Lossless verification of greedy drafts where the target samples."""
     uniforms = torch.cat([uniform_samples[:, 1:], uniform_samples_for_final_sampling[:, None]], 1)
-    verified = verify_tokens(target_probs, candidates[:, 1:], None, uniforms)
+    verified = verify_tokens(target_probs, candidates[:, 1:].long(), None, uniforms)
     _accept(verified.tokens, verified.accepted, predicts, accept_index, accept_token_num, retrive_index)
 
 
@@ -239,19 +245,6 @@ def prepare() -> None:
     install(AROUND, HookType.AROUND)
     for name, function in FILLED.items():
         setattr(eagle_utils, name, function)
-
-
-class ChainWorker(EAGLEWorkerV2):
-    """SGLang's EAGLE worker, with what it launches replaced."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        prepare()
-        super().__init__(*args, **kwargs)
-
-
-class ModulesWorker(MultiLayerEagleWorkerV2):
-    """The same for SGLang's multi-layer EAGLE worker, which drafts each token with a module of its own."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        prepare()
-        super().__init__(*args, **kwargs)
+    # Between data-parallel ranks: SGLang's paths for a CPU, which only one with its compiled kernels counts as.
+    dp_attention.memcpy_func = dp_attention.memcpy_cpu
+    forward_batch_info._is_cpu = parallel_state._is_cpu = True
