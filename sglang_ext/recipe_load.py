@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fourfold.common.recipe.check import probe
-from fourfold.common.recipe.rehearsing.placement import Here, NeedsGPU
+from fourfold.common.recipe.rehearsing.placement import Here, NeedsGPU, Nothing
 from fourfold.common.serving import free_port
 from fourfold.sglang_ext import recipe_probe
 
@@ -26,9 +26,14 @@ FROM_TARGET = ("embed_tokens", "lm_head")
 # head of DeepSeek's layout repeats of the target.
 IGNORED = re.compile(
     r"mtp\.\d+\.(confidence_head\..*|ffn\.gate\.bias_vl)|"
+    r"draft: confidence_head\..*|"
     r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight"
 )
-DEFAULTS = ("k_scale", "v_scale", "w13_blockscale_swizzled", "w2_blockscale_swizzled")  # or made of others
+# Or made of others; of MXFP4 experts zeros; of MiniMax's tower a norm that is built and never applied.
+DEFAULTS = (
+    *("k_scale", "v_scale", "w13_blockscale_swizzled", "w2_blockscale_swizzled", "w13_weight_bias", "w2_weight_bias"),
+    "vision_tower.vision_model.post_layernorm",
+)
 
 
 def _rotation(*arguments: Any, **named: Any) -> Any:
@@ -49,6 +54,7 @@ def models(request: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Module, tupl
     arguments = recipe_probe.parse(request["model"], request["arguments"])
     if recipe_probe.simulation is not None:
         arguments.device = "cuda"
+        torch.cuda.Stream = torch.cuda.Event = Nothing  # type: ignore[misc,assignment]
     from sglang.srt.server_args import ServerArgs
 
     server_args = ServerArgs.from_cli_args(arguments)

@@ -18,24 +18,19 @@ from typing import Any
 import torch
 
 from fourfold.common.recipe.check import probe
-from fourfold.common.recipe.rehearsing.placement import Here, NeedsGPU
+from fourfold.common.recipe.rehearsing.placement import Here, NeedsGPU, Nothing
 from fourfold.common.serving import free_port
 from fourfold.vllm_ext import recipe_probe
 
-BUNDLED = re.compile(r"(vllm\.third_party\.deep_gemm|vllm\._flashkda_C|flashinfer|cutlass|cuda)(\..*)?$")
+BUNDLED = re.compile(
+    r"(vllm\.third_party\.(deep_gemm|fmha_sm100)|vllm\._flashkda_C|flashinfer|cutlass|cuda|quack)(\..*)?$"
+)
 IGNORED = re.compile("(?!)")  # nothing
 PROCESSORS = 148  # of a B200; no parameter depends on it
 LANGUAGES = ("cutlass", "cuda")  # whose names kernels are written with
 
 FROM_TARGET = ("embed_tokens", "lm_head", "shared_head.head")
 DEFAULTS = ("k_scale", "v_scale", "q_scale", "prob_scale", "mask_embedding")  # of DSpark, which some bring
-
-
-class Nothing:
-    """A stream or an event of a GPU, which loading does not use."""
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        pass
 
 
 class Kernel:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing.published import Published, save, shrunken
 from fourfold.common.recipe.rehearsing.stated import Config, Named, Stated, linear, norms, shapes_of
 
@@ -100,6 +101,12 @@ def named(given: Mapping[str, Any]) -> str | None:
     asked = given.get("speculative-config")
     model = asked.get("model") if isinstance(asked, Mapping) else given.get("speculative-draft-model-path")
     return None if model is None else str(model)
+
+
+def config_of(catalogue: Catalogue, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config of the draft model that the options name; None: they name none, or none that has a card."""
+    repo = named(given)
+    return next((catalogue.config(card.id) for card in catalogue.draft_models() if card.repo == repo), None)
 
 
 def known(config: Config) -> bool:

@@ -83,7 +83,7 @@ class Loaded:
         missing: parameters of which elements got no value, and how many.
         unused: tensors that no parameter took; ``refused``: those at which a loader raised, and what it raised.
         ignored: tensors that an engine reads in other settings alone.
-        shared: parameters that need no tensor: the target's in a draft, scales with a default.
+        shared: parameters that need no tensor: the target's in a draft, scales with a default, what is never used.
         unfinished: what a loader raised after the last tensor, by its class.
         layers: which classes serve which layers, and how their weights are quantised; ``of``: the model's numbers of
             the checkpoint's layers.

@@ -40,6 +40,13 @@ class Here(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Nothing:
+    """A stream or an event of a GPU, which loading does not use."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+
 class AtOnce(Executor):
     """In place of a pool of threads, of which each would have modes of its own."""
 
@@ -122,10 +129,13 @@ class Watch(TorchDispatchMode):
         self.parameters = dict(parameters)
         self.names: dict[int, list[str]] = defaultdict(list)  # of the parameters in a storage
         self.bytes: dict[int, Tensor] = {}  # of a parameter's storage: whether written
+        self.marks: dict[str, Tensor] = {}  # of them, those of the parameter
         for name, parameter in self.parameters.items():
             storage = parameter.untyped_storage()
             self.names[storage.data_ptr()].append(name)
-            self.bytes.setdefault(storage.data_ptr(), torch.zeros(storage.nbytes(), dtype=torch.bool))
+            marks = self.bytes.setdefault(storage.data_ptr(), torch.zeros(storage.nbytes(), dtype=torch.bool))
+            if not parameter.is_meta:
+                self.marks[name] = _region(marks, parameter)
         self.sources: dict[int, set[str]] = {}  # storage to the tensors that are in it
         self.number: set[str] = set()  # tensors that the last number was read from
         self.kept: list[Tensor] = []  # so that no storage's address is used again
@@ -186,6 +196,8 @@ class Watch(TorchDispatchMode):
                 continue
             key = _key(parameter)
             if key not in self.bytes:  # given another storage
+                if self.marks[name].all():  # once it was full: merged with others
+                    continue
                 for source in self.sources.get(key, ()):
                     self.reached[source].add(name)
                 if key not in self.sources:

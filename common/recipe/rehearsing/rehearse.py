@@ -194,8 +194,8 @@ def _load(
         return None
     tick("loading a small checkpoint of the model's own architecture")
     given = chosen(engine, plan, _role(plan))
-    draft = next((known.config(card.id) for card in known.draft_models() if card.repo == drafts.named(given)), None)
-    return load(engine, config, given, known.hardware(recipe.hardware), env, folder, draft)
+    sheet = known.hardware(recipe.hardware)
+    return load(engine, config, given, sheet, env, folder, drafts.config_of(known, given))
 
 
 def _role(plan: EngineRecipe) -> RoleName:
