@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,15 +64,17 @@ class Answer:
     logprobs: list[float]
 
 
-def ask(server: EngineServer, model: Path, questions: list[str] = QUESTIONS, tokens: int = TOKENS) -> list[Answer]:
+def ask(
+    server: EngineServer, model: Path, questions: list[str] = QUESTIONS, tokens: int = TOKENS, at_once: int = 1
+) -> list[Answer]:
     """Ask a running server with the OpenAI client."""
     from openai import OpenAI
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600)
-    answers = []
-    for question in questions:
+
+    def answer(question: str) -> Answer:
         prompt = tokenizer(question, add_special_tokens=False).input_ids
         choice: Any = client.completions.create(
             model=server.model,
@@ -82,8 +85,10 @@ def ask(server: EngineServer, model: Path, questions: list[str] = QUESTIONS, tok
             extra_body={"return_token_ids": True, "ignore_eos": True},
         ).choices[0]
         assert len(choice.token_ids) == tokens
-        answers.append(Answer(prompt, choice.token_ids, choice.logprobs.token_logprobs))
-    return answers
+        return Answer(prompt, choice.token_ids, choice.logprobs.token_logprobs)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(answer, questions))
 
 
 def reference_model(checkpoint: Path, original: Path) -> Any:

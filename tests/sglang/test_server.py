@@ -28,7 +28,7 @@ def reference(smollm2: Path, smollm2_nvfp4: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def answers(server: EngineServer, smollm2: Path) -> list[engine_checks.Answer]:
-    return engine_checks.ask(server, smollm2)
+    return engine_checks.ask(server, smollm2, at_once=4)
 
 
 def test_answers_agree_with_pytorch(answers: list[engine_checks.Answer], reference: Any) -> None:
