@@ -35,7 +35,7 @@ def _format(name: str, tag: str, quantised: Mapping[str, Any], expert_dtype: str
         if "quantized_layers" in quantised:  # of the experts of a layer, the first can stand for all
             listed = quantised["quantized_layers"]
             own = listed.get(module) or listed.get(EXPERTS_OF.sub(".experts.0.", module)) or {}
-            return {"FP8": "fp8", "MXFP8": "mxfp8", "NVFP4": "nvfp4"}.get(own.get("quant_algo"), "plain")
+            return {"FP8": "fp8", "MXFP8": "mxfp8", "NVFP4": "nvfp4"}.get(str(own.get("quant_algo")), "plain")
         ignored = any(fnmatchcase(module, pattern) for pattern in quantised.get("ignore", ()))
         return "plain" if ignored or quantised.get("quant_algo") != "NVFP4" else "nvfp4"
     if tag == EXPERT and quantised.get("moe_quant_algo") == "NVFP4" and not name.startswith("mtp."):
@@ -71,7 +71,8 @@ def written(shapes: Shapes, scale: str, config: Mapping[str, Any]) -> Iterator[t
             yield stem + "weight_scale_2", torch.tensor(2.0**-6)
             yield stem + "input_scale", torch.tensor(2.0**-6)
         elif kind == "fp8":
-            yield name, codes(*shape, torch.float8_e4m3fn)
+            rows, columns = shape
+            yield name, codes(rows, columns, torch.float8_e4m3fn)
             yield stem + "weight_scale", torch.tensor(2.0**-8)
             yield stem + "input_scale", torch.tensor(2.0**-6)
         elif kind == "mxfp8":

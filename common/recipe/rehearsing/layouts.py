@@ -138,7 +138,8 @@ LAYOUTS: dict[str, Layout] = {
     "Qwen3_5MoeForConditionalGeneration": Layout(
         "qwen3_5_moe",
         "transformers qwen3_5_moe and its conversions; mtp.*: fourfold's table of layouts (qwen3_next), and vLLM's "
-        "qwen3_5_mtp of mtp.fc, which is BF16 in NVFP4 checkpoints though none of them says so",
+        "qwen3_5_mtp of mtp.fc, which is BF16 in NVFP4 checkpoints though none of them says so; experts apart: those "
+        "of the 397B, am17an/llama.cpp#4",
         "mtp.",
         {"fc.weight": (_TWICE, "bfloat16"), **_norms("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")},
         block="mtp.layers.{n}.",

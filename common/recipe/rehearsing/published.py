@@ -153,7 +153,7 @@ def shrunken(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]
         one = (layer == config.get(key) for key in ONE)
         kinds.setdefault((*(of(layer) for of in said), *below, *one), layer)
     kept = tuple(kinds.values())
-    small = _narrowed(config, kept, total) | {"num_hidden_layers": len(kept)}
+    small: dict[str, Any] = _narrowed(config, kept, total) | {"num_hidden_layers": len(kept)}
     small |= {key: kept.index(config[key]) for key in ONE if config.get(key) in kept}
     small |= {key: sum(layer < config[key] for layer in kept) for key in UP_TO if config.get(key)}
     for key in TOKENS:
@@ -197,7 +197,7 @@ def _narrowed(config: Mapping[str, Any], kept: tuple[int, ...], total: int) -> d
         elif isinstance(value, list) and 0 <= len(value) - total <= 4:
             out[key] = [value[layer] for layer in kept] + value[total:]
         else:
-            out[key] = min(value, MOST[key]) if key in MOST and value else value
+            out[key] = min(value, MOST[key]) if key in MOST and isinstance(value, int) and value else value
     return out
 
 
