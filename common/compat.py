@@ -12,6 +12,7 @@ from pathlib import Path
 from fourfold.common.compat_deferred import DEFERRED
 from fourfold.common.compat_mla import MLA
 from fourfold.common.compat_modules import MODULES
+from fourfold.common.compat_parallel import PARALLEL
 from fourfold.common.compat_recipes import RECIPES
 from fourfold.common.definitions import missing
 from fourfold.common.seam import Seam, sglang, vllm
@@ -223,7 +224,11 @@ SEAMS: tuple[Seam, ...] = (
     sglang("platforms.interface:PlatformCapabilities", "says that it has no Triton and no graphs"),
     sglang("platforms.device_mixin:PlatformEnum.OOT", "marks it as out of tree"),
     sglang("platforms.interface:SRTPlatform.supports_speculative_algorithm", "EAGLE on a CPU", ("algorithm",)),
-    sglang("platforms.interface:SRTPlatform.get_speculative_worker_cls", "EAGLE on a CPU", ("algorithm",)),
+    sglang(
+        "platforms.interface:SRTPlatform.get_speculative_worker_cls",
+        "EAGLE on a CPU: asked for, replaces what its worker launches",
+        ("algorithm",),
+    ),
     sglang("platforms.interface:SRTPlatform.get_speculative_cache_locs_fn", "EAGLE on a CPU"),
     sglang(
         "platforms.interface:SRTPlatform.get_kv_pool_cls", "a cache that does not warm a Triton kernel up", ("kind",)
@@ -235,7 +240,7 @@ SEAMS: tuple[Seam, ...] = (
     sglang("model_executor.forward_batch_info:ForwardBatch.extend_prefix_lens", "verifies as an extension"),
     sglang("model_executor.forward_batch_info:ForwardBatch.extend_seq_lens", "verifies as an extension"),
     sglang("speculative.eagle_info:EagleVerifyInput.draft_token_num", "verifies as an extension"),
-    sglang("speculative.eagle_worker_v2:EAGLEWorkerV2.__init__", "installs what follows"),
+    sglang("speculative.eagle_worker_v2:EAGLEWorkerV2.__init__", "drafts from the text too"),
     sglang("plugins.hook_registry:HookRegistry.register", "replaces functions", ("target", "hook", "hook_type")),
     sglang("plugins.hook_registry:HookRegistry.apply_hooks", "replaces functions"),
     *(
@@ -343,6 +348,7 @@ SEAMS: tuple[Seam, ...] = (
     *RECIPES,
     *MLA,
     *MODULES,
+    *PARALLEL,
     *DEFERRED,
 )
 

@@ -30,7 +30,6 @@ MODULES: tuple[Seam, ...] = (
         "what it makes of a module's number is undone",
         ("draft_model_idx",),
     ),
-    sglang(f"{_WORKER}:MultiLayerEagleWorkerV2.__init__", "several modules on a CPU"),
     sglang(f"{_WORKER}:MultiLayerEagleDraftWorker.init_lm_head", "hooked, to say that they chain", until=_CHAIN),
     sglang(f"{_WORKER}:MultiLayerEagleDraftWorker.chain_mtp_hidden_states", "says that they chain", until=_CHAIN),
     sglang(f"{_WORKER}:MultiLayerEagleDraftWorker.draft_runner", "whether the draft is ours", until=_CHAIN),

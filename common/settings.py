@@ -80,7 +80,9 @@ class MtpSettings(Strict):
 
     hybrid: HybridSettings = Field(default_factory=HybridSettings)
     adaptive_data_parallel: bool = Field(
-        default=False, description="vLLM: AdaptiveScheduler learns under data parallelism too; its ranks agree"
+        default=False,
+        description="data-parallel ranks agree on a learned draft length: vLLM's with AdaptiveScheduler, SGLang's with "
+        "--speculative-adaptive",
     )
 
 

@@ -92,6 +92,14 @@ def worker_class(server_args: Any) -> type:
 
 
 def register() -> None:
-    """Add the algorithm to SGLang's registry, once."""
+    """Add the algorithm to SGLang's registry, once; with the setting, let EAGLE's ranks agree on draft lengths.
+
+    Raises:
+        FourfoldError: as `mtp_parallel.register`.
+    """
     if get_spec(ALGORITHM) is None:
         SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=FourfoldMtp)(worker_class)
+    if settings_from_env().mtp.adaptive_data_parallel:
+        from fourfold.sglang_ext import mtp_parallel
+
+        mtp_parallel.register()

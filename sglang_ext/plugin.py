@@ -19,7 +19,7 @@ def register() -> bool:
     log = logging.getLogger("fourfold")
     off = "fourfold is"
     try:
-        from fourfold.common.settings import disabled, settings_from_env
+        from fourfold.common.settings import disabled
 
         if disabled():
             return False
@@ -33,11 +33,6 @@ def register() -> bool:
 
             mtp_algorithm.register()
             _done.add("algorithm")
-        if "ranks" not in _done and settings_from_env().mtp.adaptive_data_parallel:
-            from fourfold.sglang_ext import mtp_parallel
-
-            mtp_parallel.register()
-            _done.add("ranks")
         # A process that has no model loader yet loads no models, and the registry would import all of SGLang's.
         if "MTP" not in _done and "sglang.srt.model_loader" in sys.modules:
             _mtp()

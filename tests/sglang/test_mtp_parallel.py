@@ -16,6 +16,7 @@ from typing import Any
 
 import oracle
 import pytest
+from forked_server import ForkedServer
 from oracle_mla import DEEPSEEK
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative import adaptive_spec_params
@@ -52,7 +53,7 @@ def server(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     flags = [*FLAGS, "--speculative-adaptive-config", str(path / "lengths"), *SIZES]
     flags += ["--speculative-draft-model-path", str(path / "draft")]
     flags += ["--dtype", "float32"]
-    with EngineServer("sglang", str(models["right"]), path / "log", flags, ENVIRONMENT, free_port(21900)) as running:
+    with ForkedServer("sglang", str(models["right"]), path / "log", flags, ENVIRONMENT, free_port(21900)) as running:
         yield running
 
 
