@@ -14,7 +14,7 @@ from fourfold.common.mtp.engines import WORDS
 from fourfold.common.mtp.extract import extract
 from fourfold.common.serving import EngineServer
 
-TOKENS, AT_ONCE = 12, 20
+TOKENS, AT_ONCE = 12, 50
 SIZES = ["--context-length", "768", "--max-total-tokens", "16384", "--dtype", "float32", "--disable-radix-cache"]
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from forked_server import forked
+
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing.rehearse import proof, rehearse
 
 
 def test_prefill_and_decode_apart(tmp_path: Path) -> None:
-    result = rehearse(Catalogue(), "deepseek-v4-pro/gb200-disagg", "sglang", tmp_path)
+    with forked("rehearse"):  # the one server to compare with; prefill and decode are not
+        result = rehearse(Catalogue(), "deepseek-v4-pro/gb200-disagg", "sglang", tmp_path)
     assert result.ok, result.checks
     assert [check.name for check in result.checks] == [
         *("answers", "apart", "transfer", "drafts", "acceptance", "content", "probabilities", "load")

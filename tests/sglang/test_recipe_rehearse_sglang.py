@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from forked_server import forked
 
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing.rehearse import Result, rehearse
@@ -16,7 +17,8 @@ def aggregated(tmp_path_factory: pytest.TempPathFactory) -> Result:
 @pytest.fixture(scope="module")
 def mtp(aggregated: Result, tmp_path_factory: pytest.TempPathFactory) -> Result:
     logs = tmp_path_factory.mktemp("logs")
-    return rehearse(Catalogue(), "cpu/smollm2-mtp", "sglang", logs, aggregated.without)
+    with forked("rehearse"):
+        return rehearse(Catalogue(), "cpu/smollm2-mtp", "sglang", logs, aggregated.without)
 
 
 def test_an_aggregated_recipe(aggregated: Result) -> None:
