@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.launch import engine_of
 from fourfold.common.recipe.loading import Catalogue
+from fourfold.common.recipe.rehearsing import drafts
 from fourfold.common.recipe.rehearsing.deepseek_v41 import engram_rows
 from fourfold.common.recipe.rehearsing.loading import Loaded, chosen, load, load_checkpoint
 from fourfold.common.recipe.rehearsing.placement import NeedsGPU, place
@@ -126,6 +127,38 @@ def test_a_checkpoint_with_engrams_and_a_tower(known: Catalogue, tmp_path: Path)
             },
             id="nemotron-3-ultra",
         ),
+        pytest.param(
+            "kimi-k3/gb300",
+            ["KimiK3ForConditionalGeneration", "Qwen3DSparkForCausalLM"],
+            [0, 1, 3],  # linear attention, dense and with experts, and latent attention
+            {
+                "original": "language_model.model.layers.1.self_attn.f_a_proj.weight",
+                "renamed": "language_model.model.layers.1.self_attn.f_c_proj.weight",
+                "left_out": "language_model.model.layers.2.block_sparse_moe.experts.5.w2.weight_packed",
+            },
+            {
+                "language_model.model.layers.1.self_attn.in_proj_qkvgfab.weight": "65536 of 4268032 elements",
+                "language_model.model.layers.2.block_sparse_moe.experts.routed_experts.w2_weight": "32768 of 524288 "
+                "elements, in expert 5",
+            },
+            id="kimi-k3",
+        ),
+        pytest.param(
+            "minimax-m3/gb300",
+            ["MiniMaxM3SparseForConditionalGeneration", "Eagle3LlamaForCausalLM"],
+            [0, 3],
+            {
+                "original": "language_model.model.layers.1.self_attn.index_k_proj.weight",
+                "renamed": "language_model.model.layers.1.self_attn.index_z_proj.weight",
+                "left_out": "language_model.model.layers.1.block_sparse_moe.experts.5.w2.weight",
+            },
+            {
+                "language_model.model.layers.1.self_attn.qkv_proj.weight": "65536 of 5046272 elements",
+                "language_model.model.layers.1.block_sparse_moe.experts.routed_experts.w2_weight": "131072 of 2097152 "
+                "elements, in expert 5",
+            },
+            id="minimax-m3",
+        ),
     ],
 )
 def test_another_family_loads_but_for_its_damage(
@@ -138,9 +171,11 @@ def test_another_family_loads_but_for_its_damage(
     missing: dict[str, str],
 ) -> None:
     recipe = known.recipe(name)
-    whole = write_published(tmp_path / "model", known.config(recipe.model))
-    checkpoint = damaged(whole, tmp_path / "damaged", **damage)
     given = chosen("vllm", engine_of(recipe, "vllm"), "aggregated")
+    whole = write_published(tmp_path / "model", known.config(recipe.model))
+    draft = drafts.config_of(known, given)
+    whole = whole if draft is None else drafts.with_draft(whole, draft)
+    checkpoint = damaged(whole, tmp_path / "damaged", **damage)
     loaded = load_checkpoint("vllm", checkpoint, given, known.hardware(recipe.hardware), {}, tmp_path)
     assert loaded.unable is None and loaded.classes == classes and loaded.of == of, loaded
     assert [*loaded.refused, *loaded.unused] == [damage["renamed"]]
@@ -152,6 +187,10 @@ def test_kinds_of_layers(known: Catalogue) -> None:
     assert kept == (0, 2, 3, 4) and small["num_hidden_layers"] == 4
     assert small["compress_ratios"] == [0, 4, 128, 4, 0] and small["num_hash_layers"] == 2
     assert small["head_dim"] == 512 and small["vocab_size"] == 512
+    small, kept = shrunken(known.config("kimi-k3"))
+    assert kept == (0, 1, 3)  # whose lists are in a part of the config and count from 1
+    assert small["text_config"]["linear_attn_config"]["kda_layers"] == [1, 2]
+    assert small["text_config"]["linear_attn_config"]["full_attn_layers"] == [3]
 
 
 def test_rows_of_engrams_are_the_published_ones(known: Catalogue) -> None:
@@ -200,6 +239,18 @@ def test_tensors_are_followed_through_a_loader() -> None:
     placed = place(dict(toy.named_parameters()), toy.load_weights, tensors)
     assert placed.taken == {"byte": ["byte"], "first": ["both"], "second": ["both"]}
     assert not placed.unfilled and not placed.refused and placed.unfinished is None
+
+
+def test_parameters_that_a_loader_merges_once_they_are_full() -> None:
+    toy, tensors = _toy("first second byte")
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        toy.load_weights(weights)
+        toy.both.data = torch.cat([toy.both.data, toy.both.data])[:4]
+
+    assert not place(dict(toy.named_parameters()), load, tensors).unfilled
+    toy, tensors = _toy("first byte")
+    assert place(dict(toy.named_parameters()), load, tensors).unfilled == {"both": "all of it"}
 
 
 def test_what_a_loader_leaves_out_is_seen() -> None:
