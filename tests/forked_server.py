@@ -13,6 +13,8 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing import forkserver
 from typing import Any
 from unittest import mock
@@ -42,6 +44,15 @@ class ForkedServer(EngineServer):
         arguments = self.command()[2:]
         process: Any = _Forked(context.Process(target=_serve, args=(env, arguments, str(self.log))))
         self.process = process
+
+
+@contextmanager
+def forked(*modules: str) -> Iterator[None]:
+    """Let these modules of `common.recipe.rehearsing` start their engines as `ForkedServer`."""
+    with ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(mock.patch(f"fourfold.common.recipe.rehearsing.{module}.EngineServer", ForkedServer))
+        yield
 
 
 class _Forked:
@@ -82,6 +93,8 @@ def _serve(env: dict[str, str], arguments: list[str], log: str) -> None:
     multiprocessing.set_start_method("fork", force=True)
     given.set_start_method = lambda method, force=False: None
     given.get_context = lambda method=None: context
+    if registry := sys.modules.get("vllm.model_executor.models.registry"):
+        registry.__dict__["_run_in_subprocess"] = lambda look: look()  # not in a process that imports vLLM for it
     sys.argv = arguments
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 

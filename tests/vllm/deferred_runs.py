@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_runs import COUNTERS, OPTIONS, clean_up, collect_later
+from engine_runs import COUNTERS, OPTIONS, clean_up, hasten
 
 
 class Lengths:
@@ -86,7 +86,7 @@ def run(case: dict[str, Any], cache: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    collect_later()
+    hasten()
     results = {}
     for i, (name, case) in enumerate(json.loads(Path(sys.argv[1]).read_text()).items()):
         print(f"CASE {name}", flush=True)

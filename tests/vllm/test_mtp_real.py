@@ -16,7 +16,7 @@ from fourfold.common.mtp.extract import extract
 from fourfold.common.quant.checkpoint.convert import Options, convert
 
 TOKENS, FEW = 32, 40
-COMMON = {"max_num_seqs": 16, "enable_prefix_caching": False}
+COMMON = {"max_num_seqs": 40, "enable_prefix_caching": False}
 
 
 @pytest.fixture(scope="module")

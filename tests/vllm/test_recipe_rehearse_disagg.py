@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_server import forked
 
 from fourfold.common.recipe.launch import engine_of
 from fourfold.common.recipe.loading import Catalogue
@@ -43,7 +44,8 @@ def known() -> Catalogue:
 
 @pytest.fixture(scope="module")
 def apart(known: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return rehearse(known, RECIPE, "vllm", tmp_path_factory.mktemp("logs"))
+    with forked("rehearse"):  # the one server to compare with; prefill and decode are not
+        return rehearse(known, RECIPE, "vllm", tmp_path_factory.mktemp("logs"))
 
 
 def test_prefill_and_decode_apart(apart: Result) -> None:
@@ -66,7 +68,8 @@ def test_a_decode_server_that_takes_no_cache(known: Catalogue, apart: Result, tm
     recipe = tmp_path / "broken" / "decode.yaml"
     recipe.parent.mkdir()
     recipe.write_text(BROKEN)
-    broken = rehearse(known, recipe, "vllm", tmp_path / "logs", apart.without)
+    with forked("apart"):
+        broken = rehearse(known, recipe, "vllm", tmp_path / "logs", apart.without)
     assert [check.name for check in broken.checks if not check.ok] == ["transfer"]
     detail = next(check.detail for check in broken.checks if check.name == "transfer")
     assert detail.startswith("decode took none of ")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_server import forked
 
 from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.launch import engine_of
@@ -40,7 +41,8 @@ def aggregated(known: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Re
 
 @pytest.fixture(scope="module")
 def mtp(known: Catalogue, aggregated: Result, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return rehearse(known, "cpu/smollm2-mtp", "vllm", tmp_path_factory.mktemp("logs"), aggregated.without)
+    with forked("rehearse"):
+        return rehearse(known, "cpu/smollm2-mtp", "vllm", tmp_path_factory.mktemp("logs"), aggregated.without)
 
 
 def test_an_aggregated_recipe(aggregated: Result) -> None:
