@@ -2,7 +2,7 @@
 
 Runs before anything is installed, so it needs only the standard library. Each step leaves a stamp when it is done, is
 skipped when its stamp is there, and is done again after a failure. A stamp holds the step's commands; a step whose
-commands have changed is done again, and all after it.
+commands have changed is done again, and all after it. Several environments are set up at once.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVS = ROOT / ".envs"
+CHECKOUT = threading.Lock()  # held to install fourfold, which writes into ROOT
 TOOLS = (
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -112,11 +115,12 @@ class Environment:
             ["install", "-q", *TOOLS, *extra],
         )
         install = ["install", "-q", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
-        self.step(
-            "fourfold",
-            repr(install) + (ROOT / "pyproject.toml").read_text(),
-            lambda: run([self.python, "-m", "pip", "--disable-pip-version-check", *install]),
-        )
+
+        def action() -> None:
+            with CHECKOUT:
+                run([self.python, "-m", "pip", "--disable-pip-version-check", *install])
+
+        self.step("fourfold", repr(install) + (ROOT / "pyproject.toml").read_text(), action)
 
 
 def vllm() -> Environment:
@@ -196,13 +200,18 @@ def main() -> int:
     makers = {"vllm": vllm, "sglang": sglang, "vllm-0.33.0": vllm_033_source}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("name", nargs="+", choices=makers, help="what to set up below .envs")
-    for name in parser.parse_args().name:
+
+    def made(name: str) -> bool:
         try:
             makers[name]()
         except (SetupFailed, subprocess.CalledProcessError, OSError) as error:
             print(f"fourfold: setting up {name} stopped: {error}\nfourfold: run it again to go on", file=sys.stderr)
-            return 1
-    return 0
+            return False
+        return True
+
+    names = list(dict.fromkeys(parser.parse_args().name))
+    with ThreadPoolExecutor(len(names)) as pool:
+        return 0 if all(list(pool.map(made, names))) else 1
 
 
 if __name__ == "__main__":
