@@ -12,6 +12,7 @@ from published_damage import RENAMED, damaged
 
 from fourfold.common.recipe.launch import engine_of
 from fourfold.common.recipe.loading import Catalogue
+from fourfold.common.recipe.rehearsing import drafts
 from fourfold.common.recipe.rehearsing.loading import Loaded, chosen, load_checkpoint
 from fourfold.common.recipe.rehearsing.published import Published, write_published
 
@@ -87,6 +88,34 @@ def test_a_damaged_checkpoint_is_named(checkpoint: Published, tmp_path: Path) ->
             },
             id="qwen3.5",
         ),
+        pytest.param(
+            "kimi-k3/gb300",
+            ["KimiK3ForConditionalGeneration", "DSparkDraftModel"],
+            {
+                "original": "language_model.model.layers.1.self_attn.f_a_proj.weight",
+                "renamed": "language_model.model.layers.1.self_attn.f_c_proj.weight",
+                "left_out": "language_model.model.layers.2.block_sparse_moe.experts.5.w2.weight_packed",
+            },
+            {
+                "language_model.model.layers.1.self_attn.f_a_proj.weight": "all of it",  # part of a merged one
+                "language_model.model.layers.2.mlp.experts.w2_weight": "32768 of 524288 elements, in expert 5",
+            },
+            id="kimi-k3",
+        ),
+        pytest.param(
+            "minimax-m3/gb300",
+            ["MiniMaxM3SparseForConditionalGeneration"],
+            {
+                "original": "language_model.model.layers.1.self_attn.index_k_proj.weight",
+                "renamed": "language_model.model.layers.1.self_attn.index_z_proj.weight",
+                "left_out": "language_model.model.layers.1.block_sparse_moe.experts.5.w2.weight",
+            },
+            {
+                "model.layers.1.self_attn.index_qkv_proj.weight": "65536 of 327680 elements",
+                "model.layers.1.mlp.experts.w2_weight": "131072 of 2097152 elements, in expert 5",
+            },
+            id="minimax-m3",
+        ),
     ],
 )
 def test_another_family_loads_but_for_its_damage(
@@ -94,9 +123,11 @@ def test_another_family_loads_but_for_its_damage(
 ) -> None:
     known = Catalogue()
     recipe = known.recipe(name)
-    whole = write_published(tmp_path / "model", known.config(recipe.model))
-    checkpoint = damaged(whole, tmp_path / "damaged", **damage)
     given = chosen("sglang", engine_of(recipe, "sglang"), "aggregated")
+    whole = write_published(tmp_path / "model", known.config(recipe.model))
+    draft = drafts.config_of(known, given)
+    whole = whole if draft is None else drafts.with_draft(whole, draft)
+    checkpoint = damaged(whole, tmp_path / "damaged", **damage)
     loaded = load_checkpoint("sglang", checkpoint, given, known.hardware(recipe.hardware), {}, tmp_path)
     assert loaded.unable is None and loaded.classes == classes, loaded
     assert [*loaded.refused, *loaded.unused] == [damage["renamed"]]

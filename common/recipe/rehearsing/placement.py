@@ -136,9 +136,9 @@ class Watch(TorchDispatchMode):
             marks = self.bytes.setdefault(storage.data_ptr(), torch.zeros(storage.nbytes(), dtype=torch.bool))
             if not parameter.is_meta:
                 self.marks[name] = _region(marks, parameter)
+        self.kept = [parameter.data for parameter in self.parameters.values()]  # so that no address is used again
         self.sources: dict[int, set[str]] = {}  # storage to the tensors that are in it
         self.number: set[str] = set()  # tensors that the last number was read from
-        self.kept: list[Tensor] = []  # so that no storage's address is used again
         self.reached: dict[str, set[str]] = defaultdict(set)
 
     def follow(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
