@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fourfold.common.recipe.loading import Catalogue
+from fourfold.common.recipe.rehearsing.formats import Shapes
 from fourfold.common.recipe.rehearsing.published import Published, save, shrunken
 from fourfold.common.recipe.rehearsing.stated import Config, Named, Stated, linear, norms, shapes_of
 
+EAGLE3 = range(3)  # layers of the target that EAGLE3 reads where its config does not say it
 INNER = "transformer_layer_config"  # of configs in the form of the library speculators, which bring their own tables
 
 
@@ -122,20 +124,27 @@ def with_draft(published: Published, config: Config) -> Published:
     """The target's checkpoint, and beside it, in ``draft``, a small one of a draft model that is `known`."""
     draft = DRAFTS[_kind(config)]
     outer = json.loads((published.path / "config.json").read_text())
-    small, sizes = _small(config, outer.get("text_config", outer))
-    tables = (_TABLES,) if draft.tables or INNER in config else ()
+    small = _small(config, outer.get("text_config", outer))
     path = published.path.with_name("draft")
-    count = save(path, shapes_of((*draft.stated, *tables), sizes), small, sizes, "")
+    count = save(path, shapes(small), small, small.get(INNER, small), "")
     source = f"{published.source}; the draft: {draft.source}"
     return replace(published, tensors=published.tensors + count, draft=draft.method, draft_path=path, source=source)
 
 
-def _small(config: Config, target: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config for a small target, and what sizes are read from."""
+def shapes(config: Config) -> Shapes:
+    """The names of all tensors of a draft model of this config, which is `known`."""
+    draft = DRAFTS[_kind(config)]
+    tables = (_TABLES,) if draft.tables or INNER in config else ()
+    dflash = config.get("dflash_config", {})
+    targets = config.get("aux_hidden_state_layer_ids") or dflash.get("target_layer_ids") or EAGLE3
+    return shapes_of((*draft.stated, *tables), {**config, **config.get(INNER, {}), "targets": list(targets)})
+
+
+def _small(config: Config, target: Config) -> dict[str, Any]:
+    """The config for a small target."""
     inner, _ = shrunken(config.get(INNER, config))
     layers, last = int(target["num_hidden_layers"]), int(target["vocab_size"]) - 1
     small = {**config, INNER: inner} if INNER in config else inner
-    targets = list(range(3))
     if INNER in config:
         targets = list(range(layers))[-len(config["aux_hidden_state_layer_ids"]) :]
         small |= {"aux_hidden_state_layer_ids": [layer + 1 for layer in targets], "mask_token_id": last}
@@ -145,4 +154,4 @@ def _small(config: Config, target: Config) -> tuple[dict[str, Any], dict[str, An
         small["num_target_layers"] = layers
     if "draft_vocab_size" in config:
         small["draft_vocab_size"] = last + 1
-    return small, {**config, **inner, "targets": targets}
+    return small

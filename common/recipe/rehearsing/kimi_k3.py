@@ -1,8 +1,8 @@
 """Kimi K3's published tensors: layers of linear and of latent attention, experts on a latent state, its vision tower.
 
-Names, sizes and dtypes are those that both engines' classes read, and that programs which read the files' headers say:
-``A_log`` has an entry for each of a head's channels, of which the first, as many as there are heads, count; experts are
-in MXFP4, all else in BF16 or, where the tag says so, in float32.
+Names, sizes and dtypes are those that both engines' classes read: ``A_log`` has an entry for each channel of a head, of
+which the first, as many as there are heads, count; experts are in MXFP4, all else in BF16 or, where the tag says so, in
+float32.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from fourfold.common.recipe.rehearsing.formats import EXPERT
 from fourfold.common.recipe.rehearsing.stated import Config, Named, Stated, linear, norms
 
-SOURCE = (
-    "load_weights of vLLM's and SGLang's KimiK3ForConditionalGeneration; sizes and dtypes: headers as others read them"
-)
+SOURCE = "load_weights of vLLM's and SGLang's KimiK3ForConditionalGeneration; of dtypes what SGLang's layers say"
 _H, _SINGLE = "hidden_size", "float32"
-_KDA, _HEADS = "linear_attn_config.num_heads * linear_attn_config.head_dim", "linear_attn_config.num_heads"
+_CHANNELS, _HEADS = "linear_attn_config.head_dim", "linear_attn_config.num_heads"
+_KDA = f"{_HEADS} * {_CHANNELS}"
+_NOPE, _VALUES = "num_attention_heads * qk_nope_head_dim", "num_attention_heads * v_head_dim"
 _LATENT, _WIDE = "routed_expert_hidden_size", "num_shared_experts * moe_intermediate_size"
 _VISION, _QKV = "vision_config.vt_hidden_size", "vision_config.qkv_hidden_size"
 _MERGED = f"4 * {_VISION}"  # 2 x 2 patches
@@ -71,12 +71,10 @@ KIMI_K3 = (
         _LAYER + "self_attn.",
         {
             **linear(*((f"{one}_proj", _KDA, _H) for one in "qkvg"), ("o_proj", _H, _KDA), ("b_proj", _HEADS, _H)),
-            **linear(
-                ("f_a_proj", "linear_attn_config.head_dim", _H), ("f_b_proj", _KDA, "linear_attn_config.head_dim")
-            ),
+            **linear(("f_a_proj", _CHANNELS, _H), ("f_b_proj", _KDA, _CHANNELS)),
             **_CONV,
-            **norms("o_norm", width="linear_attn_config.head_dim"),
-            "A_log": (("linear_attn_config.head_dim",), _SINGLE),
+            "o_norm.weight": ((_CHANNELS,), _SINGLE),
+            "A_log": ((_CHANNELS,), _SINGLE),
             "dt_bias": ((_KDA,), _SINGLE),
         },
         _linear,
@@ -86,19 +84,11 @@ KIMI_K3 = (
         {
             **linear(
                 ("q_a_proj", "q_lora_rank", _H),
-                (
-                    "q_b_proj",
-                    "num_attention_heads * qk_nope_head_dim + num_attention_heads * qk_rope_head_dim",
-                    "q_lora_rank",
-                ),
+                ("q_b_proj", f"{_NOPE} + num_attention_heads * qk_rope_head_dim", "q_lora_rank"),
                 ("kv_a_proj_with_mqa", "kv_lora_rank + qk_rope_head_dim", _H),
-                (
-                    "kv_b_proj",
-                    "num_attention_heads * qk_nope_head_dim + num_attention_heads * v_head_dim",
-                    "kv_lora_rank",
-                ),
-                ("g_proj", "num_attention_heads * v_head_dim", _H),
-                ("o_proj", _H, "num_attention_heads * v_head_dim"),
+                ("kv_b_proj", f"{_NOPE} + {_VALUES}", "kv_lora_rank"),
+                ("g_proj", _VALUES, _H),
+                ("o_proj", _H, _VALUES),
             ),
             **norms("q_a_layernorm", width="q_lora_rank"),
             **norms("kv_a_layernorm", width="kv_lora_rank"),
@@ -108,8 +98,7 @@ KIMI_K3 = (
     Stated(
         _LAYER + "mlp.",
         linear(
-            ("gate_proj", "intermediate_size", _H),
-            ("up_proj", "intermediate_size", _H),
+            *((f"{one}_proj", "intermediate_size", _H) for one in ("gate", "up")),
             ("down_proj", _H, "intermediate_size"),
         ),
         _dense,

@@ -158,7 +158,7 @@ LAYOUTS: dict[str, Layout] = {
     "KimiK3ForConditionalGeneration": Layout("", KIMI_K3_SOURCE, stated=KIMI_K3),
     "MiniMaxM3SparseForConditionalGeneration": Layout(
         "minimax_m3_vl",
-        "transformers minimax_m3_vl and its conversions; its scales: MiniMaxAI/MiniMax-M3-MXFP8, as programs read them",
+        "transformers minimax_m3_vl and its conversions; scales of MXFP8: load_weights of vLLM's MiniMaxM3Model",
         whole=True,
         repaired=(
             *((f".block_sparse_moe.{one}_proj.", f".mlp.{one}_proj.") for one in ("gate", "up", "down")),
