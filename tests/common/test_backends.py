@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -40,8 +41,15 @@ def error(found: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, linear: 
     return float(((found.double() - expected.double()).square().sum() / size).sqrt())
 
 
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """The kernels for every instruction set, compiled at once where this machine has none yet."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda isa: build.load("linear", isa), build.available_isas()))
+
+
 @pytest.fixture(params=build.available_isas())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, compiled: None) -> str:
     monkeypatch.setattr(cpu.build, "chosen_isa", lambda: request.param)
     monkeypatch.setattr(cpu, "_library", None)
     yield request.param
