@@ -101,6 +101,8 @@ def test_a_rank_without_requests_learns_from_the_other(server: EngineServer, mod
 
 
 def test_lengths_change_while_both_work(server: EngineServer, models: dict[str, Path]) -> None:
+    exchange(server, models["swapped"])
+    ask(server, 0, prompts(4), 8)
     exchange(server, models["right"])
     before = len(changes(server))
     work = [(0, 4, 90), (1, 1, 30), (1, 5, 60), (0, 1, 10), (1, 2, 120), (0, 3, 40)]
