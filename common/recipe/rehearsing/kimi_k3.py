@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from fourfold.common.recipe.rehearsing.formats import EXPERT
 from fourfold.common.recipe.rehearsing.stated import Config, Named, Stated, linear, norms
 
-SOURCE = "load_weights of vLLM's and SGLang's KimiK3ForConditionalGeneration; with these dtypes the published size, to the byte"
+SOURCE = "load_weights of vLLM's and SGLang's KimiK3ForConditionalGeneration; sizes add up to the published ones"
 _H, _SINGLE = "hidden_size", "float32"
 _CHANNELS, _HEADS = "linear_attn_config.head_dim", "linear_attn_config.num_heads"
 _KDA = f"{_HEADS} * {_CHANNELS}"
