@@ -32,7 +32,7 @@ def prompts(model: Path) -> list[list[int]]:
         turns = [{"role": "user", "content": request}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         found.append(tokenizer(text, add_special_tokens=False).input_ids)
-    found += [prompt[:50] for prompt in found[-14:]]
+    found += [prompt[:40] for prompt in found[-14:]]
     edits = range(len(PROMPTS["chat"]), len(PROMPTS["chat"] + PROMPTS["edit"]))
     for i in edits[::2]:
         found[i] = found[i][:80]
