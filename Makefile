@@ -5,7 +5,7 @@
 ENGINE ?= vllm
 PORT ?= 8000
 SETUP = python3 common/demo/environment.py
-PYTEST = -m pytest -p no:cacheprovider --timeout 1500 --durations 10
+PYTEST = -m pytest -p no:cacheprovider --timeout 1500 --durations 25
 
 .PHONY: serve test test-vllm test-sglang lint clean
 
