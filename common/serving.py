@@ -139,13 +139,16 @@ class EngineServer:
         """Start the process; `wait` waits for health."""
         self.port = self.port or free_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.process = self._launch({**os.environ, **self.environment()})
+
+    def _launch(self, env: dict[str, str]) -> subprocess.Popen[bytes]:
         with self.log.open("wb") as out:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 self.command(),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **self.environment()},
+                env=env,
                 start_new_session=True,
             )
 

@@ -19,7 +19,7 @@ from multiprocessing import forkserver
 from typing import Any
 from unittest import mock
 
-from fourfold.common.serving import EngineServer, free_port
+from fourfold.common.serving import EngineServer
 
 # What the shared process imports; a server runs the last.
 MODULES = {
@@ -33,17 +33,15 @@ class ForkedServer(EngineServer):
 
     def start(self) -> None:
         """Start the process; `wait` waits for health."""
-        env = {**os.environ, **self.environment()}
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(MODULES[self.engine]))
-        with mock.patch.dict(os.environ, {**EngineServer(self.engine, "", self.log).environment()}):
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(MODULES[self.engine]))
+        with mock.patch.dict(os.environ, EngineServer(self.engine, "", self.log).environment()):
             forkserver.ensure_running()
-        self.port = self.port or free_port()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        super().start()
+
+    def _launch(self, env: dict[str, str]) -> Any:
         self.log.write_bytes(b"")
-        arguments = self.command()[2:]
-        process: Any = _Forked(context.Process(target=_serve, args=(env, arguments, str(self.log))))
-        self.process = process
+        return _Forked(self._context.Process(target=_serve, args=(env, self.command()[2:], str(self.log))))
 
 
 @contextmanager

@@ -8,11 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from published_damage import RENAMED, damaged
+from published_damage import RENAMED, damaged, load_damaged
 
 from fourfold.common.recipe.launch import engine_of
 from fourfold.common.recipe.loading import Catalogue
-from fourfold.common.recipe.rehearsing import drafts
 from fourfold.common.recipe.rehearsing.loading import Loaded, chosen, load_checkpoint
 from fourfold.common.recipe.rehearsing.published import Published, write_published
 
@@ -121,14 +120,7 @@ def test_a_damaged_checkpoint_is_named(checkpoint: Published, tmp_path: Path) ->
 def test_another_family_loads_but_for_its_damage(
     tmp_path: Path, name: str, classes: list[str], damage: dict[str, str], missing: dict[str, str]
 ) -> None:
-    known = Catalogue()
-    recipe = known.recipe(name)
-    given = chosen("sglang", engine_of(recipe, "sglang"), "aggregated")
-    whole = write_published(tmp_path / "model", known.config(recipe.model))
-    draft = drafts.config_of(known, given)
-    whole = whole if draft is None else drafts.with_draft(whole, draft)
-    checkpoint = damaged(whole, tmp_path / "damaged", **damage)
-    loaded = load_checkpoint("sglang", checkpoint, given, known.hardware(recipe.hardware), {}, tmp_path)
+    loaded = load_damaged("sglang", Catalogue(), name, tmp_path, damage)
     assert loaded.unable is None and loaded.classes == classes, loaded
     assert [*loaded.refused, *loaded.unused] == [damage["renamed"]]
     assert loaded.missing == missing

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_damage import RENAMED, damaged
+from published_damage import RENAMED, damaged, load_damaged
 from torch import Tensor, nn
 
 from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.launch import engine_of
 from fourfold.common.recipe.loading import Catalogue
-from fourfold.common.recipe.rehearsing import drafts
 from fourfold.common.recipe.rehearsing.deepseek_v41 import engram_rows
 from fourfold.common.recipe.rehearsing.loading import Loaded, chosen, load, load_checkpoint
 from fourfold.common.recipe.rehearsing.placement import NeedsGPU, place
@@ -170,13 +169,7 @@ def test_another_family_loads_but_for_its_damage(
     damage: dict[str, str],
     missing: dict[str, str],
 ) -> None:
-    recipe = known.recipe(name)
-    given = chosen("vllm", engine_of(recipe, "vllm"), "aggregated")
-    whole = write_published(tmp_path / "model", known.config(recipe.model))
-    draft = drafts.config_of(known, given)
-    whole = whole if draft is None else drafts.with_draft(whole, draft)
-    checkpoint = damaged(whole, tmp_path / "damaged", **damage)
-    loaded = load_checkpoint("vllm", checkpoint, given, known.hardware(recipe.hardware), {}, tmp_path)
+    loaded = load_damaged("vllm", known, name, tmp_path, damage)
     assert loaded.unable is None and loaded.classes == classes and loaded.of == of, loaded
     assert [*loaded.refused, *loaded.unused] == [damage["renamed"]]
     assert loaded.missing == missing

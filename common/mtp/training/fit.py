@@ -90,9 +90,10 @@ def chain(
     label = places[tokens]
     loss, right = torch.zeros((), device=device), []
     for step, feedback in enumerate(head.states(tokens, hidden, steps)):
-        within = starts & answer[:, step + 1 : step + 1 + count]
+        predicted = slice(step + 1, step + 1 + count)
+        within = starts & answer[:, predicted]
         found = torch.zeros_like(within)
-        row, column = (within & (label[:, step + 1 : step + 1 + count] >= 0)).nonzero(as_tuple=True)
+        row, column = (within & (label[:, predicted] >= 0)).nonzero(as_tuple=True)
         if len(row):
             after = column + step + 1  # the state of column i gives the distribution of the token of column i
             part, drafts = distil(feedback[row, column], hidden[row, after], head.words)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fourfold.common.recipe.loading import Catalogue
 from fourfold.common.recipe.rehearsing.formats import Shapes
-from fourfold.common.recipe.rehearsing.published import Published, save, shrunken
-from fourfold.common.recipe.rehearsing.stated import Config, Named, Stated, linear, norms, shapes_of
+from fourfold.common.recipe.rehearsing.published import Published, save, shrunken, write_published
+from fourfold.common.recipe.rehearsing.stated import Config, Named, Stated, every_layer, linear, norms, shapes_of
 
 EAGLE3 = range(3)  # layers of the target that EAGLE3 reads where its config does not say it
 INNER = "transformer_layer_config"  # of configs in the form of the library speculators, which bring their own tables
@@ -35,10 +36,6 @@ class Draft:
     source: str
     stated: tuple[Stated, ...]
     tables: bool = False
-
-
-def _every(config: Config) -> Iterable[int]:
-    return range(config["num_hidden_layers"])
 
 
 def _targets(config: Config) -> Iterable[int]:
@@ -69,7 +66,7 @@ DRAFTS: dict[str, Draft] = {
             Stated(
                 "layers.{n}.",
                 {**_layer(_H), **norms("self_attn.q_norm", "self_attn.k_norm", width="head_dim")},
-                _every,
+                every_layer,
             ),
             Stated(
                 "",
@@ -89,7 +86,7 @@ DRAFTS: dict[str, Draft] = {
         "eagle3",
         "rtp_llm/models/minimax_m3_eagle3.py of RTP-LLM, which refuses other names",
         (
-            Stated("layers.{n}.", {**_layer("2 * hidden_size"), **norms("hidden_norm")}, _every),
+            Stated("layers.{n}.", {**_layer("2 * hidden_size"), **norms("hidden_norm")}, every_layer),
             Stated("", {**_FC, **norms("norm")}),
             Stated("fc_norm.{n}.", {"weight": ((_H,), "bfloat16")}, _targets),
         ),
@@ -120,15 +117,26 @@ def _kind(config: Config) -> str:
     return str((config.get("architectures") or ["unknown"])[0])
 
 
-def with_draft(published: Published, config: Config) -> Published:
-    """The target's checkpoint, and beside it, in ``draft``, a small one of a draft model that is `known`."""
+def write(path: Path, target: Config, config: Config | None) -> Published:
+    """Write a small checkpoint of the target and, beside it in ``draft``, one of a draft model that is `known`.
+
+    Args:
+        path: of the target's; a new directory.
+        config: of the draft model; None: there is none.
+
+    Raises:
+        FourfoldError: as `write_published`.
+    """
+    published = write_published(path, target)
+    if config is None or not known(config):
+        return published
     draft = DRAFTS[_kind(config)]
     outer = json.loads((published.path / "config.json").read_text())
     small = _small(config, outer.get("text_config", outer))
-    path = published.path.with_name("draft")
-    count = save(path, shapes(small), small, small.get(INNER, small), "")
+    beside = path.with_name("draft")
+    count = save(beside, shapes(small), small, small.get(INNER, small), "")
     source = f"{published.source}; the draft: {draft.source}"
-    return replace(published, tensors=published.tensors + count, draft=draft.method, draft_path=path, source=source)
+    return replace(published, tensors=published.tensors + count, draft=draft.method, draft_path=beside, source=source)
 
 
 def shapes(config: Config) -> Shapes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fourfold.common.recipe.rehearsing.formats import EXPERT
-from fourfold.common.recipe.rehearsing.stated import Config, Named, Stated, linear, norms
+from fourfold.common.recipe.rehearsing.stated import Config, Named, Stated, every_layer, linear, norms
 
 SOURCE = "load_weights of vLLM's and SGLang's KimiK3ForConditionalGeneration; sizes add up to the published ones"
 _H, _SINGLE = "hidden_size", "float32"
@@ -20,10 +20,6 @@ _NOPE, _VALUES = "num_attention_heads * qk_nope_head_dim", "num_attention_heads 
 _LATENT, _WIDE = "routed_expert_hidden_size", "num_shared_experts * moe_intermediate_size"
 _VISION, _QKV = "vision_config.vt_hidden_size", "vision_config.qkv_hidden_size"
 _MERGED = f"4 * {_VISION}"  # 2 x 2 patches
-
-
-def _every(config: Config) -> Iterable[int]:
-    return range(config["num_hidden_layers"])
 
 
 def _dense(config: Config) -> Iterable[int]:
@@ -65,7 +61,7 @@ KIMI_K3 = (
             **norms("input_layernorm", "post_attention_layernorm", "self_attention_res_norm", "mlp_res_norm"),
             **linear(("self_attention_res_proj", 1, _H), ("mlp_res_proj", 1, _H)),
         },
-        _every,
+        every_layer,
     ),
     Stated(
         _LAYER + "self_attn.",

@@ -13,7 +13,7 @@ from fourfold.common.recipe.rehearsing.deepseek_v41 import finished
 from fourfold.common.recipe.rehearsing.formats import DENSE, Shapes
 from fourfold.common.recipe.rehearsing.kimi_k3 import KIMI_K3
 from fourfold.common.recipe.rehearsing.kimi_k3 import SOURCE as KIMI_K3_SOURCE
-from fourfold.common.recipe.rehearsing.stated import Named, Stated
+from fourfold.common.recipe.rehearsing.stated import Named, Stated, norms
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ class Layout:
     stated: tuple[Stated, ...] = ()
 
 
-_NORM = (("hidden_size",), "bfloat16")
 _TABLE = (("vocab_size", "hidden_size"), "bfloat16")
 _TWICE = ("hidden_size", (2, "hidden_size"))
 _HC: Named = {
@@ -63,17 +62,13 @@ _HC: Named = {
 }
 
 
-def _norms(*names: str) -> Named:
-    return {f"{name}.weight": _NORM for name in names}
-
-
 def _dspark(first: str, second: str, more: Named) -> tuple[Named, Named]:
     """Of two or more stages; the Markov head's factors have other names in other checkpoints."""
     ranked = (("vocab_size", "dspark_markov_rank"), "bfloat16")
     return (
-        {"main_proj.weight": (("hidden_size", "dspark_target_layer_ids * hidden_size"), DENSE), **_norms("main_norm")},
+        {"main_proj.weight": (("hidden_size", "dspark_target_layer_ids * hidden_size"), DENSE), **norms("main_norm")},
         {
-            **_norms("norm"),
+            **norms("norm"),
             f"markov_head.{first}.weight": ranked,
             f"markov_head.{second}.weight": ranked,
             "confidence_head.proj.weight": ((1, "hidden_size + dspark_markov_rank"), "float32"),
@@ -91,7 +86,7 @@ _V4: dict[str, Any] = {
 }
 _DEEPSEEK: Named = {
     "eh_proj.weight": (_TWICE, "bfloat16"),
-    **_norms("enorm", "hnorm", "shared_head.norm"),
+    **norms("enorm", "hnorm", "shared_head.norm"),
     "embed_tokens.weight": _TABLE,
     "shared_head.head.weight": _TABLE,
 }
@@ -103,7 +98,7 @@ LAYOUTS: dict[str, Layout] = {
         head={
             "e_proj.weight": (("hidden_size", "hidden_size"), DENSE),
             "h_proj.weight": (("hidden_size", "hidden_size"), DENSE),
-            **_norms("enorm", "hnorm", "norm"),
+            **norms("enorm", "hnorm", "norm"),
             **_HC,
         },
         dspark=_dspark("markov_w1", "markov_w2", _HC),
@@ -132,7 +127,7 @@ LAYOUTS: dict[str, Layout] = {
         "qwen3_5_moe_text",
         "transformers qwen3_5_moe and its conversions; mtp.*: fourfold's table of layouts (qwen3_next)",
         "mtp.",
-        {"fc.weight": (_TWICE, DENSE), **_norms("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")},
+        {"fc.weight": (_TWICE, DENSE), **norms("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")},
         block="mtp.layers.{n}.",
     ),
     "Qwen3_5MoeForConditionalGeneration": Layout(
@@ -141,7 +136,7 @@ LAYOUTS: dict[str, Layout] = {
         "qwen3_5_mtp of mtp.fc, which is BF16 in NVFP4 checkpoints though none of them says so; experts apart: those "
         "of the 397B, am17an/llama.cpp#4",
         "mtp.",
-        {"fc.weight": (_TWICE, "bfloat16"), **_norms("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")},
+        {"fc.weight": (_TWICE, "bfloat16"), **norms("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")},
         block="mtp.layers.{n}.",
         whole=True,
     ),
@@ -151,7 +146,7 @@ LAYOUTS: dict[str, Layout] = {
         "mtp.",
         {
             "layers.0.eh_proj.weight": (_TWICE, "bfloat16"),
-            **_norms("layers.0.enorm", "layers.0.hnorm", "layers.1.final_layernorm"),
+            **norms("layers.0.enorm", "layers.0.hnorm", "layers.1.final_layernorm"),
         },
         block="mtp.layers.{n}.",
     ),

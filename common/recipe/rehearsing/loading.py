@@ -20,7 +20,7 @@ from typing import Any
 
 from fourfold.common.recipe.launch import flags
 from fourfold.common.recipe.rehearsing import drafts
-from fourfold.common.recipe.rehearsing.published import Published, write_published
+from fourfold.common.recipe.rehearsing.published import Published
 from fourfold.common.recipe.schema import EngineRecipe, HardwareSheet, RoleName
 from fourfold.common.settings import cache_dir
 
@@ -48,20 +48,11 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "sglang": {"skip-tokenizer-init": True, "context-length": 1024, "max-running-requests": 4},
 }
+ONE_TOKEN = {"speculative-num-steps": 1, "speculative-eagle-topk": 1, "speculative-num-draft-tokens": 2}
 SGLANG_DRAFTS: dict[str, dict[str, Any]] = {
-    "mtp": {
-        "speculative-algorithm": "EAGLE",
-        "speculative-num-steps": 1,
-        "speculative-eagle-topk": 1,
-        "speculative-num-draft-tokens": 2,
-    },
+    "mtp": {"speculative-algorithm": "EAGLE", **ONE_TOKEN},
     "dspark": {"speculative-algorithm": "DSPARK"},
-    "eagle3": {
-        "speculative-algorithm": "EAGLE3",
-        "speculative-num-steps": 1,
-        "speculative-eagle-topk": 1,
-        "speculative-num-draft-tokens": 2,
-    },
+    "eagle3": {"speculative-algorithm": "EAGLE3", **ONE_TOKEN},
 }
 SIMULATED: dict[str, tuple[str, ...]] = {  # what a simulated machine does not have
     "vllm": (),
@@ -200,9 +191,7 @@ def load(
         FourfoldError: the published layout of the architecture is not known.
     """
     with tempfile.TemporaryDirectory(prefix="fourfold-published-") as scratch:
-        checkpoint = write_published(Path(scratch) / "model", config)
-        if draft is not None and drafts.known(draft):
-            checkpoint = drafts.with_draft(checkpoint, draft)
+        checkpoint = drafts.write(Path(scratch) / "model", config, draft)
         return load_checkpoint(engine, checkpoint, given, sheet, env, folder)
 
 

@@ -138,11 +138,10 @@ def shrunken(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]
     """The config with small sizes and one layer of each kind, and which layers these are."""
     if "text_config" in config:
         text, kept = shrunken(config["text_config"])
-        outer = {key: min(value, MOST[key]) if key in MOST and value else value for key, value in config.items()}
-        outer["text_config"] = text
+        outer = {key: _least(key, value, MOST) for key, value in config.items()} | {"text_config": text}
         if "vision_config" in config:
             vision = config["vision_config"]
-            outer["vision_config"] = {k: min(v, MOST_VISION[k]) if k in MOST_VISION else v for k, v in vision.items()}
+            outer["vision_config"] = {key: _least(key, value, MOST_VISION) for key, value in vision.items()}
         _renumber(outer, kept, _layers(config["text_config"]))
         return outer, kept
     total = _layers(config)
@@ -176,11 +175,9 @@ def _said(config: Mapping[str, Any], total: int) -> Iterator[Callable[[int], Any
     for key, value in config.items():
         if isinstance(value, Mapping) and key != "quantization_config":
             yield from _said(value, total)
-        elif key in ONE_BASED:
-            yield lambda layer, those=value: layer + 1 in those
-        elif _names_layers(key):
-            yield lambda layer, those=value: layer in those
-        elif isinstance(value, list) and 0 <= len(value) - total <= 4:
+        elif (first := _first(key)) is not None:
+            yield lambda layer, those=value, first=first: layer + first in those
+        elif _by_layer(value, total):
             yield value.__getitem__
 
 
@@ -190,19 +187,29 @@ def _narrowed(config: Mapping[str, Any], kept: tuple[int, ...], total: int) -> d
     for key, value in config.items():
         if isinstance(value, Mapping) and key != "quantization_config":
             out[key] = _narrowed(value, kept, total)
-        elif key in ONE_BASED:
-            out[key] = [kept.index(number - 1) + 1 for number in value if number - 1 in kept]
-        elif _names_layers(key):
-            out[key] = [kept.index(number) for number in value if number in kept]
-        elif isinstance(value, list) and 0 <= len(value) - total <= 4:
+        elif (first := _first(key)) is not None:
+            out[key] = [kept.index(number - first) + first for number in value if number - first in kept]
+        elif _by_layer(value, total):
             out[key] = [value[layer] for layer in kept] + value[total:]
         else:
-            out[key] = min(value, MOST[key]) if key in MOST and isinstance(value, int) and value else value
+            out[key] = _least(key, value, MOST)
     return out
 
 
-def _names_layers(key: str) -> bool:
-    return key.endswith("_layer_ids") and key != "dspark_target_layer_ids"
+def _first(key: str) -> int | None:
+    """The first layer's number in a list of layers of this name; None: it is the name of no such list."""
+    if key in ONE_BASED:
+        return 1
+    return 0 if key.endswith("_layer_ids") and key != "dspark_target_layer_ids" else None
+
+
+def _by_layer(value: Any, total: int) -> bool:
+    """Whether it is a list of an entry for each layer, and some for MTP modules."""
+    return isinstance(value, list) and 0 <= len(value) - total <= 4
+
+
+def _least(key: str, value: Any, most: Mapping[str, int]) -> Any:
+    return min(value, most[key]) if key in most and isinstance(value, int) else value
 
 
 def _layers(config: Mapping[str, Any]) -> int:

@@ -22,6 +22,10 @@ def _once(config: Config) -> Iterable[int]:
     return (0,)
 
 
+def every_layer(config: Config) -> Iterable[int]:
+    return range(config["num_hidden_layers"])
+
+
 @dataclass(frozen=True)
 class Stated:
     """Tensors of one kind of module.
