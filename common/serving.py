@@ -15,7 +15,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -67,7 +68,17 @@ def vllm_cpu_env(cores: Sequence[int] | None = None, kv_cache_gib: int = 1) -> d
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, chosen)),
+        **_intel_openmp(),
     }
+
+
+def _intel_openmp() -> dict[str, str]:
+    """What loads Intel's OpenMP first, which vLLM asks for where it speculates and its wheel for x86 installs."""
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    loaded = os.environ.get("LD_PRELOAD", "")
+    if "omp" in loaded or not library.exists():
+        return {}
+    return {"LD_PRELOAD": f"{loaded}:{library}" if loaded else str(library)}
 
 
 def shares(processes: int) -> list[list[int]]:
@@ -85,6 +96,16 @@ def own_cores(engine: str, cores: Sequence[int]) -> dict[str, str]:
     if engine == "vllm":
         return vllm_cpu_env(cores)
     return {"SGLANG_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
+
+
+@contextmanager
+def termination_exits() -> Iterator[None]:
+    """Let a termination signal raise `SystemExit`, so that servers are stopped. Call it in the main thread."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass

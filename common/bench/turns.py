@@ -6,11 +6,12 @@ So a drift of the machine hits all alike.
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from fourfold.common.serving import EngineServer
+from fourfold.common.serving import EngineServer, termination_exits
+
+STOPPABLE = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "86400"}  # vLLM's: a step during which a server was stopped is long
 
 
 @contextmanager
@@ -35,8 +36,7 @@ def started(
         note: told what happens.
     """
     with ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        stack.enter_context(termination_exits())
         for label, server in servers.items():
             note(f"starting {label}")
             stack.callback(server.stop)

@@ -129,6 +129,10 @@ def test_a_head_learns_the_walk_and_is_one_that_inspect_and_extract_read(walk: P
     report = json.loads((tmp_path / "head" / "training.json").read_text())
     assert report["held_out_mean_acceptance_length"] > 3.5  # of 4
     assert not (tmp_path / ".head.training").exists()
+    trained = load_file(tmp_path / "head" / "model.safetensors")
+    # Where training begins these are zero, and the norms of words one.
+    assert all(tensor.any() for tensor in trained.values())
+    assert (trained["model.layers.2.enorm.weight"] != 1).any()
     reading = read_head(tmp_path / "head")
     assert reading.head.family == "deepseek_v3" and not reading.findings
     assert CliRunner().invoke(app, ["mtp", "extract", str(tmp_path / "head"), str(tmp_path / "draft")]).exit_code == 0
@@ -182,7 +186,7 @@ def test_options_that_do_not_fit_what_is_there(walk: Path, tmp_path: Path) -> No
         error = CliRunner().invoke(app, [*common, *arguments]).exception
         assert isinstance(error, FourfoldError) and told in str(error)
     error = CliRunner().invoke(app, [*common, str(tmp_path / "few"), "--text", str(few), "--epochs", "9"]).exception
-    assert "is of a run with epochs = 8, not 9; repeat its options, or remove it" in str(error)
+    assert "is of a run with epochs = 2, not 9; repeat its options, or remove it" in str(error)
 
 
 @pytest.mark.parametrize(

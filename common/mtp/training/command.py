@@ -18,7 +18,8 @@ def train(
     tokens: Annotated[int, typer.Option(min=1000, help="Tokens of answers that the model writes to be trained on.")] = (
         300_000
     ),
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 8,
+    single_epochs: Annotated[int, typer.Option(min=0, help="Passes over the text to learn the next token alone.")] = 6,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes after these, to learn all tokens of a draft.")] = 2,
     steps: Annotated[
         int, typer.Option(min=1, max=8, help="Tokens that the head learns to draft, one after another.")
     ] = 3,
@@ -45,7 +46,8 @@ def train(
     from fourfold.common.mtp.training.run import Options, Run, frequent, load_target, report
 
     given = (str(path.resolve()) if path else "" for path in (text, begin))
-    options = Options(str(model.resolve()), next(given), tokens, answer_tokens, vocabulary, steps, epochs, next(given))
+    passes = (steps, single_epochs, epochs)
+    options = Options(str(model.resolve()), next(given), tokens, answer_tokens, vocabulary, *passes, next(given))
     run = Run(out, options)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
@@ -80,13 +82,13 @@ def train(
         def tick(done: int, all: int, loss: float, right: list[float]) -> None:
             shares = " ".join(f"{share:.3f}" for share in right)
             progress.update(task, completed=done, total=all, note=f"loss {loss:.3f}, right by position {shares}")
-            if done % (all // epochs) == 0 and done < all:
+            if done % (all // (single_epochs + epochs)) == 0 and done < all:
                 console.print(f"{done} of {all} batches: {_told(acceptance())}")
 
         def acceptance() -> list[float]:
             return fit.evaluate(head, fit.word_index(words, count), states, held_out, steps)
 
-        plan = fit.Plan(steps=steps, epochs=epochs)
+        plan = fit.Plan(*passes)
         fit.fit(head, states, training, plan, count, run.checkpoint, tick)
         found = acceptance()
     run.write(head, report(options, dialogues, coverage, found))
@@ -101,7 +103,7 @@ def _write_text(run: Run, concurrent: int, tick: Callable[[int, int], None]) -> 
     from transformers import AutoTokenizer
 
     from fourfold.common.mtp.training.text import REQUEST_TOKENS, Writer, generate, read
-    from fourfold.common.serving import EngineServer, installed_engine
+    from fourfold.common.serving import EngineServer, installed_engine, termination_exits
 
     options = run.options
     written = read(run.text) if run.text.exists() else []
@@ -117,7 +119,8 @@ def _write_text(run: Run, concurrent: int, tick: Callable[[int, int], None]) -> 
         args += ["--random-seed", str(len(written) + 1)]
     env = {"VLLM_CPU_KVCACHE_SPACE": "4"}
     log, gpu = run.folder / "engine.log", torch.cuda.is_available()
-    with EngineServer(engine, options.model, log, ["--dtype", "bfloat16", *args], env, cpu=not gpu) as server:
+    server = EngineServer(engine, options.model, log, ["--dtype", "bfloat16", *args], env, cpu=not gpu)
+    with termination_exits(), server:
         generate(run.text, server, writer, options.tokens, concurrent, tick)
 
 

@@ -1,5 +1,6 @@
 """Training: each step of the chain learns the target's distribution over the drafted words, in a few epochs.
 
+The first epochs may leave out all steps but the first, which is most of what there is to learn, at a third of the cost.
 Matrices learn by Muon (torch's; https://kellerjordan.github.io/posts/muon), norms by AdamW, warmed up, then cooled to
 zero. The cross entropy of step s has weight ``DECAY ** s`` (FastMTP, arXiv 2509.18362). Whether a draft is accepted
 depends on the text alone, since the target is greedy there, so `accepted` counts what an engine would accept, exactly.
@@ -29,7 +30,8 @@ class Plan:
 
     Attributes:
         steps: length of the chain.
-        epochs: passes over the text.
+        single_epochs: passes over the text with a chain of one.
+        epochs: passes after these.
         batch_tokens: padded tokens of a batch.
         matrix_rate: Muon's learning rate.
         vector_rate: AdamW's learning rate.
@@ -38,9 +40,10 @@ class Plan:
     """
 
     steps: int = 3
-    epochs: int = 8
-    batch_tokens: int = 2048
-    matrix_rate: float = 0.01
+    single_epochs: int = 6
+    epochs: int = 2
+    batch_tokens: int = 1024
+    matrix_rate: float = 0.005
     vector_rate: float = 0.002
     warmup: float = 0.03
     save_every: int = 50
@@ -155,7 +158,7 @@ def fit(
     """
     places = word_index(head.vocabulary.cpu(), words).to(head.vocabulary.device)
     grouped = batches([len(states.tokens[i]) for i in training], plan.batch_tokens)
-    total = len(grouped) * plan.epochs
+    total = len(grouped) * (plan.single_epochs + plan.epochs)
     optimiser, start = Optimiser(head, plan, total), 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -169,7 +172,7 @@ def fit(
         random.Random(epoch).shuffle(order)
         batch = [training[i] for i in grouped[order[place]]]
         with torch.autocast(head.vocabulary.device.type, torch.bfloat16):
-            loss, right = chain(head, places, states, batch, plan.steps, True)
+            loss, right = chain(head, places, states, batch, 1 if epoch < plan.single_epochs else plan.steps, True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimiser.step(number)

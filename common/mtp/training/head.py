@@ -51,6 +51,7 @@ class TrainedHead(nn.Module):
         self.enorm, self.hnorm = (copy.deepcopy(self.norm) for _ in range(2))
         self.eh_proj = nn.Linear(2 * size, size, bias=False)
         self._begin(size)
+        self.requires_grad_(True)  # a copy of a frozen parameter is frozen
         self.rotary_emb = copy.deepcopy(inner.rotary_emb)
         self.register_buffer("vocabulary", vocabulary)
         self.register_buffer("embedding", inner.embed_tokens.weight.detach(), persistent=False)

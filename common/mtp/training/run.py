@@ -38,7 +38,8 @@ class Options:
         answer_tokens: longest answer.
         vocabulary: words that the head drafts.
         steps: tokens that it learns to draft.
-        epochs: passes over the text.
+        single_epochs: passes over the text in which it learns the first of them alone.
+        epochs: passes after these.
         begin: head to begin from, or an empty string.
     """
 
@@ -48,6 +49,7 @@ class Options:
     answer_tokens: int
     vocabulary: int
     steps: int
+    single_epochs: int
     epochs: int
     begin: str
 
@@ -147,6 +149,7 @@ def report(
         "model": Path(options.model).name,
         "dialogues": len(dialogues),
         "answer_tokens": sum(len(dialogue.answer) for dialogue in dialogues),
+        "single_epochs": options.single_epochs,
         "epochs": options.epochs,
         "begun_from": options.begin and read_json(Path(options.begin) / REPORT),
         "draft_vocabulary": options.vocabulary,
