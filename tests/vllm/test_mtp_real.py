@@ -75,9 +75,9 @@ def test_answers_in_bf16_part_at_near_ties_only(runs: dict[str, Any], target: An
         assert parted < 0.75 * FEW  # most with AMX, whose products depend on the number of rows
 
 
-def test_the_head_drafts_what_it_drafts_in_pytorch(runs: dict[str, Any], target: Any, tmp_path: Path) -> None:
+def test_the_head_drafts_what_it_drafts_in_pytorch(runs: dict[str, Any], target: Any) -> None:
     result = runs["float32 MTP"]
-    expected = real_head.counted(target, runs["prompts"], result["tokens"], tmp_path)
+    expected = real_head.counted(target, runs["prompts"], result["tokens"])
     real_head.assert_counted([*result["accepted"], result["steps"]], expected, 100)
 
 
