@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from fourfold.common.errors import FourfoldError
@@ -99,9 +99,13 @@ def own_cores(engine: str, cores: Sequence[int]) -> dict[str, str]:
 
 
 @contextmanager
-def termination_exits() -> Iterator[None]:
-    """Let a termination signal raise `SystemExit`, so that servers are stopped. Call it in the main thread."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def termination_raises(error: BaseException) -> Iterator[None]:
+    """Let a termination signal raise ``error``, so that servers are stopped. Call it in the main thread."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise error
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:

@@ -34,7 +34,7 @@ from fourfold.common.bench.mtp_rows import (
     target_of,
 )
 from fourfold.common.bench.prompts import PROMPTS
-from fourfold.common.bench.turns import STOPPABLE, awake, started
+from fourfold.common.bench.turns import awake, started
 from fourfold.common.console import wide_console
 from fourfold.common.errors import FourfoldError
 from fourfold.common.serving import EngineServer, installed_engine
@@ -261,9 +261,7 @@ def mtp(
         try:
             for i, group in enumerate(groups(chosen, alive)):
                 logs_of = {c: folder / f"{i} {c.label}.log".replace(" ", "-") for c in group}
-                servers = {
-                    c: EngineServer("vllm", str(path), log, plan.arguments(c), STOPPABLE) for c, log in logs_of.items()
-                }
+                servers = {c: EngineServer("vllm", str(path), log, plan.arguments(c)) for c, log in logs_of.items()}
                 for turn in measure(plan, servers, i * rounds, status.update):
                     turns.append(turn)
         except (KeyboardInterrupt, SystemExit):

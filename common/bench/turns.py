@@ -9,9 +9,9 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from fourfold.common.serving import EngineServer, termination_exits
+from fourfold.common.serving import EngineServer, termination_raises
 
-STOPPABLE = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "86400"}  # vLLM's: a step during which a server was stopped is long
+_STOPPABLE = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "86400"}  # vLLM's: a step during which a server was stopped is long
 
 
 @contextmanager
@@ -36,10 +36,11 @@ def started(
         note: told what happens.
     """
     with ExitStack() as stack:
-        stack.enter_context(termination_exits())
+        stack.enter_context(termination_raises(SystemExit(128 + signal.SIGTERM)))
         for label, server in servers.items():
             note(f"starting {label}")
             stack.callback(server.stop)
+            server.env = {**_STOPPABLE, **server.env}
             server.start()
             server.wait(1800, tick=lambda line, label=label: note(f"{label}: {line[-100:]}"))
             warm(server)

@@ -14,11 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +25,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.recipe.installed import installed_version
 from fourfold.common.recipe.options import Roots
 from fourfold.common.recipe.routing import LOCAL, router
-from fourfold.common.serving import EngineServer, free_port, own_cores, shares
+from fourfold.common.serving import EngineServer, free_port, own_cores, shares, termination_raises
 
 if TYPE_CHECKING:
     from fourfold.common.recipe.rendering.layout import Layout, Process
@@ -131,20 +129,6 @@ def deployment(of: Layout, logs: Path, port: int = 0) -> Deployment:
     made = Deployment(servers, None, boot, [process.name for process in processes if process.start.serves])
     made.router = router(replace(of, processes=processes), logs / "router.log", endpoint)
     return made
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def check_machine(of: Layout) -> None:
@@ -264,7 +248,7 @@ def run(
     folder = logs or Path(tempfile.mkdtemp(prefix="fourfold-run-"))
     made = deployment(of, folder, port)
     console = Console(stderr=True)
-    with interruptible():
+    with termination_raises(KeyboardInterrupt()):
         try:
             with console.status("starting") as status:
                 made.start(status.update)

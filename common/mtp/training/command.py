@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -103,7 +104,7 @@ def _write_text(run: Run, concurrent: int, tick: Callable[[int, int], None]) -> 
     from transformers import AutoTokenizer
 
     from fourfold.common.mtp.training.text import REQUEST_TOKENS, Writer, generate, read
-    from fourfold.common.serving import EngineServer, installed_engine, termination_exits
+    from fourfold.common.serving import EngineServer, installed_engine, termination_raises
 
     options = run.options
     written = read(run.text) if run.text.exists() else []
@@ -120,7 +121,7 @@ def _write_text(run: Run, concurrent: int, tick: Callable[[int, int], None]) -> 
     env = {"VLLM_CPU_KVCACHE_SPACE": "4"}
     log, gpu = run.folder / "engine.log", torch.cuda.is_available()
     server = EngineServer(engine, options.model, log, ["--dtype", "bfloat16", *args], env, cpu=not gpu)
-    with termination_exits(), server:
+    with termination_raises(SystemExit(128 + signal.SIGTERM)), server:
         generate(run.text, server, writer, options.tokens, concurrent, tick)
 
 

@@ -32,10 +32,10 @@ def rehearse(
     from fourfold.common.recipe.check.proofs import record_rehearsal
     from fourfold.common.recipe.loading import Catalogue
     from fourfold.common.recipe.rehearsing.rehearse import rehearse as run
-    from fourfold.common.recipe.run import interruptible
+    from fourfold.common.serving import termination_raises
 
     known = Catalogue(catalogue)
-    with interruptible(), Console(stderr=True).status("starting") as status:
+    with termination_raises(KeyboardInterrupt()), Console(stderr=True).status("starting") as status:
         result = run(known, recipe, engine, logs, tick=status.update, together=together)
     if write and result.ok:
         apart = None if result.apart is None else ", ".join(result.apart.values())
