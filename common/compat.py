@@ -30,6 +30,7 @@ _DRAFT_WORKER = "SGLang lets a registered algorithm choose its draft worker"
 _SCHEDULER = "vLLM lets a plugin choose the draft length"
 _RANKS = "vLLM's dynamic speculation works under data parallelism"
 _DRAFTER = "vLLM lets a plugin draft beside an MTP head"
+_CHUNKS = "vLLM leaves Python 3.11 and 3.12, whose data stack python/cpython issue 142183 is about"
 _LOADER = "the engine offers quantisation methods a loader without naming their class"
 
 
@@ -95,6 +96,9 @@ SEAMS: tuple[Seam, ...] = (
         "vLLM's top-k takes no rows",
     ),
     vllm("platforms:current_platform", "whether to repair sampling on a CPU"),
+    vllm("v1.engine.core:EngineCoreProc.run_busy_loop", "wrapped: room on Python's data stack", until=_CHUNKS),
+    vllm("v1.engine.core:DPEngineCoreProc.run_busy_loop", "wrapped: the same", until=_CHUNKS),
+    vllm("v1.executor.multiproc_executor:WorkerProc.worker_busy_loop", "wrapped: the same", until=_CHUNKS),
     vllm("v1.core.sched.async_scheduler:AsyncScheduler", "learns the draft length", until=_SCHEDULER),
     vllm("v1.core.sched.scheduler:Scheduler.dynamic_sd_lookup", "answers with it", until=_SCHEDULER),
     vllm("v1.core.sched.scheduler:Scheduler.schedule", "times a step", until=_SCHEDULER),

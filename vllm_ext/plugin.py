@@ -4,10 +4,10 @@
 - The draft model class ``FourfoldMTP`` and the config classes of draft directories; both are imported when used. On a
   CPU this patches two functions of speculative sampling (`cpu_sampling`).
 - A collector of the counts of drafts by source, empty unless a worker counts them (`common.mtp.metrics`).
+- Patched: the busy loops of vLLM's engine and worker processes, which get room on Python's data stack (`busy_loop`).
 
-`register` is the entry point of ``vllm.general_plugins``: vLLM calls it in every process, for every model. It may be
-called again, never raises, and logs one line: that it registered; and one more where a feature is off, with what is
-missing and how to fix it.
+`register` is the entry point of ``vllm.general_plugins``: vLLM calls it in every process. It may be called again, never
+raises, and logs one line: that it registered; one more where a feature is off, what is missing and how to fix it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def register() -> bool:
 
             if disabled():
                 return False
-            if feature not in _done:
+            if feature not in _done or add is _busy_loops:
                 add(log)
                 _done.add(feature)
         except Exception as error:  # vLLM ends the process when a plugin raises, also where nobody asked for fourfold
@@ -69,4 +69,11 @@ def _metrics(log: logging.Logger) -> None:
     serve()
 
 
+def _busy_loops(log: logging.Logger) -> None:
+    from fourfold.vllm_ext.busy_loop import widen
+
+    widen()  # in every call: there may be more loops than in the last
+
+
 _FEATURES = {"--quantization fourfold_nvfp4": _quantisation, "MTP heads": _mtp, "counts of drafts by source": _metrics}
+_FEATURES["room on the data stack"] = _busy_loops

@@ -23,6 +23,7 @@ from fourfold.common.bench.mtp_rows import (
     HYBRID,
     MIXED,
     NONE,
+    STOCK,
     WEIGHTS,
     Derived,
     Row,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 SCHEDULER = "fourfold.vllm_ext.mtp_scheduler.AdaptiveScheduler"
 ADAPTIVE_WORKER = "fourfold.vllm_ext.adaptive_worker.AdaptiveWorker"
 WORKER = "fourfold.vllm_ext.hybrid_worker.HybridWorker"
+OFF = {"FOURFOLD_DISABLE": "1"}
 PROMPT_TOKENS = 400  # the longest prompt, with its template
 BLOCK = 32  # tokens of a cached block; the default of CPUs, 128, would cache no prompt of a chat
 
@@ -103,7 +105,7 @@ class Plan:
         if target_of(configuration.weights) == "nvfp4":
             args += ["--quantization", METHOD]
         name = configuration.name
-        if name == NONE:
+        if name in (NONE, STOCK):
             return args
         speculative: dict[str, Any] = {"method": "mtp", "model": str(self.draft), "use_local_argmax_reduction": True}
         # Else vLLM reads the last cached block of each prompt again, which a chat's prompts have one of.
@@ -124,11 +126,16 @@ class Plan:
         return [*args, "--speculative-config", json.dumps(speculative)]
 
 
-def configurations(weights: Sequence[str], lengths: Sequence[int], only: Sequence[str]) -> list[Configuration]:
+def configurations(
+    weights: Sequence[str], lengths: Sequence[int], only: Sequence[str], stock: bool = False
+) -> list[Configuration]:
     """What ``only`` (regular expressions of labels) leaves of all configurations, and no speculation for each target.
 
+    Args:
+        stock: and vLLM in BF16 without fourfold.
+
     Raises:
-        FourfoldError: nothing is left to compare.
+        FourfoldError: nothing is left to compare, or not with ``stock``.
     """
     found = []
     for kind in weights:
@@ -140,8 +147,10 @@ def configurations(weights: Sequence[str], lengths: Sequence[int], only: Sequenc
             f"--only {' '.join(only)}: no configuration has such a label; they are a --weights and k=1, ..., "
             f"{ADAPTIVE} or {HYBRID}, as in 'nvfp4 k=2'"
         )
-    targets = dict.fromkeys(target_of(c.weights) for c in found)
-    return [Configuration(target, NONE) for target in targets] + found
+    bases = [Configuration(target, NONE) for target in dict.fromkeys(target_of(c.weights) for c in found)]
+    if stock and bases[0].weights != "bf16":
+        raise FourfoldError("--stock: vLLM without fourfold serves BF16, and nothing that is left has a target in BF16")
+    return bases + [Configuration("bf16", STOCK)] * stock + found
 
 
 def groups(found: Sequence[Configuration], alive: int) -> list[list[Configuration]]:
@@ -226,6 +235,7 @@ def mtp(
         list[str] | None, typer.Option(help="Regular expression of labels such as 'bf16 k=2'; repeatable.")
     ] = None,
     alive: Annotated[int, typer.Option(help="Servers in memory at once, 2 to 3 GiB each for smollm2.")] = 5,
+    stock: Annotated[bool, typer.Option(help="Also vLLM in BF16 without fourfold, which does not speculate.")] = False,
     eager: Annotated[bool, typer.Option(help="Run without compilation.")] = False,
     logs: Annotated[Path | None, typer.Option(help="Folder for the servers' logs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -247,7 +257,7 @@ def mtp(
             raise FourfoldError(f"{option} {value}: expected 1 or more")
     if alive < 2:
         raise FourfoldError(f"--alive {alive}: expected 2 or more, since one of the servers does not speculate")
-    chosen = configurations(given, lengths, only or [])
+    chosen = configurations(given, lengths, only or [], stock)
     name, version = installed_engine()
     if name != "vllm":
         raise FourfoldError("bench mtp measures vLLM, and this is SGLang's environment; run it in vLLM's")
@@ -261,7 +271,10 @@ def mtp(
         try:
             for i, group in enumerate(groups(chosen, alive)):
                 logs_of = {c: folder / f"{i} {c.label}.log".replace(" ", "-") for c in group}
-                servers = {c: EngineServer("vllm", str(path), log, plan.arguments(c)) for c, log in logs_of.items()}
+                servers = {
+                    c: EngineServer("vllm", str(path), log, plan.arguments(c), OFF if c.name == STOCK else {})
+                    for c, log in logs_of.items()
+                }
                 for turn in measure(plan, servers, i * rounds, status.update):
                     turns.append(turn)
         except (KeyboardInterrupt, SystemExit):

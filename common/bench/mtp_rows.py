@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fourfold.common.bench.flow import Flow
 
 NONE, ADAPTIVE, HYBRID = "none", "adaptive", "hybrid"
+STOCK = "stock"  # no speculation and no fourfold
 MIXED = "nvfp4+bf16-head"  # quantised target, unquantised head
 WEIGHTS = ("bf16", "nvfp4", MIXED)
 

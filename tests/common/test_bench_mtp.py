@@ -47,6 +47,14 @@ def test_configurations_always_have_their_base() -> None:
         configurations(["bf16"], [1], ["k=9"])
 
 
+def test_stock_is_vllm_without_fourfold() -> None:
+    found = configurations(["bf16", "nvfp4"], [1], [], stock=True)
+    assert [c.label for c in found[:3]] == ["bf16 none", "nvfp4 none", "bf16 stock"]
+    assert PLAN.arguments(found[2]) == PLAN.arguments(found[0])
+    with pytest.raises(FourfoldError, match="--stock: vLLM without fourfold serves BF16"):
+        configurations(["nvfp4"], [1], [], stock=True)
+
+
 @pytest.mark.parametrize("alive", [2, 3, 5, 20])
 def test_groups_fit_and_compare_with_their_base(alive: int) -> None:
     found = configurations(["bf16", "nvfp4", MIXED], [1, 2, 3, 4], [])

@@ -1,0 +1,29 @@
+"""Room on the data stack (`fourfold.common.data_stack`) below the loops in which vLLM's processes run all their steps.
+
+A step of a model of 30 layers calls a function hundreds of times at the depth of its operators. Where that depth is at
+a boundary of the data stack depends on the model, on options such as ``--worker-cls``, and on the version of vLLM.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from fourfold.common.data_stack import roomy
+
+_LOOPS = {
+    "vllm.v1.engine.core": ("EngineCoreProc.run_busy_loop", "DPEngineCoreProc.run_busy_loop"),
+    "vllm.v1.executor.multiproc_executor": ("WorkerProc.worker_busy_loop",),
+}
+
+
+def widen() -> None:
+    """Wrap the loops of this process, once; what it has not imported it does not run."""
+    for module, names in _LOOPS.items():
+        for name in names if module in sys.modules else ():
+            owner, _, method = name.partition(".")
+            kind = getattr(sys.modules[module], owner)
+            loop = vars(kind)[method]
+            if not hasattr(loop, "fourfold_roomy"):
+                loop = roomy(loop)
+                loop.fourfold_roomy = True
+                setattr(kind, method, loop)
