@@ -36,6 +36,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def available_memory() -> float:
+    """Bytes that new processes can have without paging; infinite where Linux does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return float("inf")
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter and are installed."""
     found = {"python": platform.python_version()}

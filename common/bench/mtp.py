@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fourfold.common.bench import flow
+from fourfold.common.bench import flow, machine
 from fourfold.common.bench.mtp_rows import (
     ADAPTIVE,
     HYBRID,
@@ -49,6 +49,7 @@ ADAPTIVE_WORKER = "fourfold.vllm_ext.adaptive_worker.AdaptiveWorker"
 WORKER = "fourfold.vllm_ext.hybrid_worker.HybridWorker"
 OFF = {"FOURFOLD_DISABLE": "1"}
 PROMPT_TOKENS = 400  # the longest prompt, with its template
+LEAST_MEMORY = 2 * 2**30  # bytes left with all servers started; they still grow, and Linux drops code it needs again
 BLOCK = 32  # tokens of a cached block; the default of CPUs, 128, would cache no prompt of a chat
 
 
@@ -176,6 +177,12 @@ def measure(
 
     servers = {configuration.label: server for configuration, server in group.items()}
     with started(servers, lambda server: flow.read(server, plan.prompts(), max(plan.batches)), note):
+        left = machine.available_memory()
+        if left < LEAST_MEMORY:
+            raise FourfoldError(
+                f"{len(servers)} servers leave {left / 2**30:.1f} GiB of memory, too little to measure undisturbed; "
+                f"expected {LEAST_MEMORY / 2**30:.0f} GiB or more; start fewer at once with --alive, or leave some out"
+            )
         for kind in plan.kinds:
             for batch in plan.batches:
                 count = plan.count(batch)
@@ -243,7 +250,6 @@ def mtp(
     """Decode speed and acceptance with an MTP head in vLLM: none, fixed, learned and hybrid drafts, in turns."""
     from rich.console import Console
 
-    from fourfold.common.bench import machine
     from fourfold.common.demo.model import SMOLLM2_HEAD, resolve
 
     kinds, given = prompts or list(PROMPTS), weights or list(WEIGHTS)
@@ -280,6 +286,11 @@ def mtp(
         except (KeyboardInterrupt, SystemExit):
             early = True  # an hour's turns are worth a table
             console.print(f"ended early, after {len(turns)} turns")
+        except (FourfoldError, OSError) as error:
+            if not turns:
+                raise
+            early = True
+            console.print(f"ended early, after {len(turns)} turns: {error}", markup=False)
     table = rows(complete(turns))
     derived = derive(table)
     if not table:

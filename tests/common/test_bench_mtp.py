@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from fourfold.common.bench import machine, mtp
 from fourfold.common.bench.flow import Flow
 from fourfold.common.bench.mtp import Configuration, Plan, configurations, draft_directory, groups
 from fourfold.common.bench.mtp_rows import ADAPTIVE, HYBRID, MIXED, NONE, Turn, derive, fixed, rows
 from fourfold.common.bench.prompts import PROMPTS
 from fourfold.common.cli import app
+from fourfold.common.demo.model import SMOLLM2_HEAD
 from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp import prompts as probe
 from fourfold.common.settings import METHOD, parse_settings
@@ -139,8 +143,28 @@ def test_a_head_that_is_none_is_refused(tmp_path: Path) -> None:
         (["--requests", "-1"], "--requests -1"),
         (["--alive", "1"], "--alive 1"),
         (["--only", "k=7"], "--only k=7"),
+        (["--stock", "--weights", "nvfp4"], "--stock"),
     ],
 )
 def test_wrong_arguments_are_named(options: list[str], named: str) -> None:
     error = CliRunner().invoke(app, ["bench", "mtp", *options]).exception
     assert isinstance(error, FourfoldError) and str(error).startswith(named) and "\n" not in str(error)
+
+
+def test_servers_that_leave_no_memory_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < machine.available_memory() < math.inf
+    monkeypatch.setattr(mtp, "LEAST_MEMORY", math.inf)
+    with pytest.raises(FourfoldError, match=r"0 servers leave .* GiB of memory.*--alive"):
+        next(iter(mtp.measure(PLAN, {}, 0, print)))
+
+
+def test_a_failure_leaves_the_turns_before_it(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> Iterator[Turn]:
+        yield turn("bf16", NONE, 10.0)
+        yield turn("bf16", "k=1", 12.0, 0, 10, (5,))
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(mtp, "measure", failing)
+    options = ["--head", str(SMOLLM2_HEAD), "--weights", "bf16", "--only", "k=1"]
+    result = CliRunner().invoke(app, ["bench", "mtp", str(smollm2), *options])
+    assert result.exit_code == 1 and "after 2 turns: timed out" in result.output and "1.20" in result.output

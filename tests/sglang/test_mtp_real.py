@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import real_head
+import torch
 from forked_server import ForkedServer
 from real_head import K
 
@@ -14,13 +15,18 @@ from fourfold.common.mtp.engines import WORDS
 from fourfold.common.mtp.extract import extract
 from fourfold.common.serving import EngineServer
 
-TOKENS, AT_ONCE = 12, 50
-SIZES = ["--context-length", "768", "--max-total-tokens", "16384", "--dtype", "float32", "--disable-radix-cache"]
+TOKENS, AT_ONCE, FEW = 12, 50, 40
+SIZES = ["--context-length", "768", "--max-total-tokens", "16384", "--disable-radix-cache"]
 
 
 @pytest.fixture(scope="module")
-def runs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """The answers without and with speculation."""
+def asked(smollm2: Path) -> list[list[int]]:
+    return real_head.prompts(smollm2)
+
+
+@pytest.fixture(scope="module")
+def runs(smollm2: Path, asked: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """The answers without and with speculation, to a hundred prompts in float32 and a few in BF16."""
     folder = tmp_path_factory.mktemp("real")
     draft = folder / "draft"
     extract(real_head.HEAD, draft, "sglang")
@@ -28,9 +34,11 @@ def runs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, l
     speculative += ["--speculative-num-steps", str(K), "--speculative-num-draft-tokens", str(K + 1)]
     speculative += ["--speculative-draft-model-path", str(draft), "--speculative-token-map", str(draft / WORDS)]
     found = {}
-    for name, more in (("plain", []), ("MTP", speculative)):
-        with ForkedServer("sglang", str(smollm2), folder / f"{name}.log", [*SIZES, *more]) as server:
-            found[name] = ask(server, real_head.prompts(smollm2))
+    for dtype, count in (("float32", 100), ("bfloat16", FEW)):
+        for name, more in ((dtype, []), (f"{dtype} MTP", speculative)):
+            flags = [*SIZES, "--dtype", dtype, *more]
+            with ForkedServer("sglang", str(smollm2), folder / f"{name}.log", flags) as server:
+                found[name] = ask(server, asked[:count])
     return found
 
 
@@ -42,9 +50,30 @@ def ask(server: EngineServer, prompts: list[list[int]]) -> list[Any]:
     return answers
 
 
+def tokens(answers: list[Any]) -> list[list[int]]:
+    return [answer["output_ids"] for answer in answers]
+
+
+def assert_drafts_are_used(answers: list[Any]) -> None:
+    steps = sum(answer["meta_info"]["spec_verify_ct"] for answer in answers)
+    assert 0 < steps < 0.9 * len(answers) * TOKENS, steps  # of what the head drafts, some is accepted
+
+
 def test_a_hundred_answers_are_those_without_speculation(runs: dict[str, list[Any]]) -> None:
-    plain, speculative = ([answer["output_ids"] for answer in answers] for answers in runs.values())
+    plain = tokens(runs["float32"])
     assert len(plain) == 100 and all(len(answer) == TOKENS for answer in plain)
-    assert real_head.differing(plain, speculative) == []
-    steps = sum(answer["meta_info"]["spec_verify_ct"] for answer in runs["MTP"])
-    assert steps < 0.9 * 100 * TOKENS, steps  # of what the head drafts, some is accepted
+    assert real_head.differing(plain, tokens(runs["float32 MTP"])) == []
+    assert_drafts_are_used(runs["float32 MTP"])
+
+
+def test_answers_in_bf16_part_at_near_ties_only(
+    runs: dict[str, list[Any]], smollm2: Path, asked: list[list[int]]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    target: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    plain, speculative = (tokens(runs[name]) for name in ("bfloat16", "bfloat16 MTP"))
+    parted = real_head.assert_near_ties(target.eval(), asked, plain, speculative)
+    print(f"{parted} of {FEW} answers part at a near-tie")
+    assert parted < 0.75 * FEW
+    assert_drafts_are_used(runs["bfloat16 MTP"])
