@@ -39,6 +39,14 @@ def prompts(model: Path) -> list[list[int]]:
     return found[:100]
 
 
+def target(model: Path) -> Any:
+    """The model in PyTorch, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return loaded.requires_grad_(False).eval()
+
+
 @torch.no_grad()
 def counted(model: Any, asked: list[list[int]], answers: list[list[int]]) -> list[int]:
     """What PyTorch would accept of the head's drafts for these answers: by position, and the number of steps.

@@ -17,13 +17,9 @@ _LOOPS = {
 
 
 def widen() -> None:
-    """Wrap the loops of this process, once; what it has not imported it does not run."""
+    """Wrap the loops of this process, called once; what it has not imported it does not run."""
     for module, names in _LOOPS.items():
         for name in names if module in sys.modules else ():
             owner, _, method = name.partition(".")
             kind = getattr(sys.modules[module], owner)
-            loop = vars(kind)[method]
-            if not hasattr(loop, "fourfold_roomy"):
-                loop = roomy(loop)
-                loop.fourfold_roomy = True
-                setattr(kind, method, loop)
+            setattr(kind, method, roomy(vars(kind)[method]))

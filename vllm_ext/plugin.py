@@ -27,7 +27,7 @@ def register() -> bool:
 
             if disabled():
                 return False
-            if feature not in _done or add is _busy_loops:
+            if feature not in _done:
                 add(log)
                 _done.add(feature)
         except Exception as error:  # vLLM ends the process when a plugin raises, also where nobody asked for fourfold
@@ -72,7 +72,7 @@ def _metrics(log: logging.Logger) -> None:
 def _busy_loops(log: logging.Logger) -> None:
     from fourfold.vllm_ext.busy_loop import widen
 
-    widen()  # in every call: there may be more loops than in the last
+    widen()
 
 
 _FEATURES = {"--quantization fourfold_nvfp4": _quantisation, "MTP heads": _mtp, "counts of drafts by source": _metrics}

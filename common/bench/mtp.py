@@ -149,7 +149,7 @@ def configurations(
             f"{ADAPTIVE} or {HYBRID}, as in 'nvfp4 k=2'"
         )
     bases = [Configuration(target, NONE) for target in dict.fromkeys(target_of(c.weights) for c in found)]
-    if stock and bases[0].weights != "bf16":
+    if stock and Configuration("bf16", NONE) not in bases:
         raise FourfoldError("--stock: vLLM without fourfold serves BF16, and nothing that is left has a target in BF16")
     return bases + [Configuration("bf16", STOCK)] * stock + found
 

@@ -55,6 +55,8 @@ def test_stock_is_vllm_without_fourfold() -> None:
     found = configurations(["bf16", "nvfp4"], [1], [], stock=True)
     assert [c.label for c in found[:3]] == ["bf16 none", "nvfp4 none", "bf16 stock"]
     assert PLAN.arguments(found[2]) == PLAN.arguments(found[0])
+    turned = configurations(["nvfp4", "bf16"], [1], [], stock=True)
+    assert {c.label for c in turned} == {c.label for c in found}
     with pytest.raises(FourfoldError, match="--stock: vLLM without fourfold serves BF16"):
         configurations(["nvfp4"], [1], [], stock=True)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import real_head
-import torch
 from forked_server import ForkedServer
 from real_head import K
 
@@ -69,11 +68,8 @@ def test_a_hundred_answers_are_those_without_speculation(runs: dict[str, list[An
 def test_answers_in_bf16_part_at_near_ties_only(
     runs: dict[str, list[Any]], smollm2: Path, asked: list[list[int]]
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
-    target: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     plain, speculative = (tokens(runs[name]) for name in ("bfloat16", "bfloat16 MTP"))
-    parted = real_head.assert_near_ties(target.eval(), asked, plain, speculative)
+    parted = real_head.assert_near_ties(real_head.target(smollm2), asked, plain, speculative)
     print(f"{parted} of {FEW} answers part at a near-tie")
     assert parted < 0.75 * FEW
     assert_drafts_are_used(runs["bfloat16 MTP"])

@@ -9,7 +9,6 @@ from typing import Any
 import engine_runs
 import pytest
 import real_head
-import torch
 from real_head import K
 
 from fourfold.common.mtp.extract import extract
@@ -62,10 +61,7 @@ def test_a_hundred_answers_are_those_without_speculation(runs: dict[str, Any]) -
 
 @pytest.fixture(scope="module")
 def target(smollm2: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    return model.requires_grad_(False).eval()
+    return real_head.target(smollm2)
 
 
 def test_answers_in_bf16_part_at_near_ties_only(runs: dict[str, Any], target: Any) -> None:
