@@ -14,6 +14,7 @@ from fourfold.common.compat_mla import MLA
 from fourfold.common.compat_modules import MODULES
 from fourfold.common.compat_parallel import PARALLEL
 from fourfold.common.compat_recipes import RECIPES
+from fourfold.common.compat_sampling import SAMPLING
 from fourfold.common.definitions import missing
 from fourfold.common.seam import Seam, sglang, vllm
 
@@ -75,6 +76,11 @@ SEAMS: tuple[Seam, ...] = (
     vllm("model_executor.layers.linear:QKVParallelLinear", "loads fused layers of a draft"),
     vllm("model_executor.layers.linear:ReplicatedLinear", "projections of a draft"),
     vllm("model_executor.layers.logits_processor:LogitsProcessor", "logits of a draft"),
+    vllm(
+        "model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        "the product with a draft vocabulary on a CPU",
+        ("layer", "remove_weight"),
+    ),
     vllm("model_executor.layers.vocab_parallel_embedding:ParallelLMHead", "a draft's own output head"),
     vllm("model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding", "a draft's own embedding"),
     vllm("model_executor.model_loader:get_model_cls", "finds the target's decoder layer"),
@@ -83,19 +89,6 @@ SEAMS: tuple[Seam, ...] = (
     vllm("model_executor.models.utils:get_draft_quant_config", "a draft's own quantisation", ("vllm_config",)),
     vllm("model_executor.models.utils:maybe_prefix", "names of a draft's layers"),
     vllm("model_executor.models:ModelRegistry", "registers the draft class"),
-    vllm(
-        "utils.cpu_triton_utils:_expand_kernel_impl",
-        "replaced on a CPU, for it drops what it computes",
-        ("cu_num_tokens", "replace_from", "replace_to"),
-        "vLLM mends its issue 55005",
-    ),
-    vllm(
-        "v1.sample.ops.topk_topp_sampler:apply_top_k_only",
-        "wrapped on a CPU, for it fails on no rows",
-        ("logits", "k"),
-        "vLLM's top-k takes no rows",
-    ),
-    vllm("platforms:current_platform", "whether to repair sampling on a CPU"),
     vllm("v1.engine.core:EngineCoreProc.run_busy_loop", "wrapped: room on Python's data stack", until=_CHUNKS),
     vllm("v1.engine.core:DPEngineCoreProc.run_busy_loop", "wrapped: the same", until=_CHUNKS),
     vllm("v1.executor.multiproc_executor:WorkerProc.worker_busy_loop", "wrapped: the same", until=_CHUNKS),
@@ -354,6 +347,7 @@ SEAMS: tuple[Seam, ...] = (
     *MODULES,
     *PARALLEL,
     *DEFERRED,
+    *SAMPLING,
 )
 
 

@@ -37,7 +37,7 @@ def expand(
 
 
 def repair() -> None:
-    """Put both where vLLM's CPU code looks them up.
+    """Put both where vLLM's CPU code looks them up, and shorten greedy verification (`cpu_greedy`).
 
     Not by ``register_kernels``: each worker registers the platform's kernels after it has loaded the plugins.
     """
@@ -46,6 +46,8 @@ def repair() -> None:
     from vllm.utils import cpu_triton_utils
     from vllm.v1.sample.ops import topk_topp_sampler
 
+    from fourfold.vllm_ext.cpu_greedy import shorten
+
     stock = topk_topp_sampler.apply_top_k_only
 
     def apply_top_k_only(logits: Tensor, k: Tensor) -> Tensor:
@@ -53,3 +55,4 @@ def repair() -> None:
 
     cpu_triton_utils._expand_kernel_impl = expand
     topk_topp_sampler.apply_top_k_only = apply_top_k_only
+    shorten()

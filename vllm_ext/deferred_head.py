@@ -8,6 +8,7 @@ read them together when drafting resumes or one of the reasons of `fourfold.comm
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -66,9 +67,17 @@ class DeferredHead:
         new, cached = output.scheduled_new_reqs, output.scheduled_cached_reqs
         gone = chain(output.finished_req_ids, cached.resumed_req_ids, (request.req_id for request in new))
         deferred.leave(gone, self._text)
-        blocks = [request.block_ids[group] for request in new]
-        blocks += [ids[group] for ids in cached.new_block_ids if ids is not None]
-        if output.kv_cache_block_copies or deferred.touches(chain.from_iterable(blocks)):
+        read: list[int] = []  # cached blocks that get another reader; the others that are given out get another owner
+        owned: list[int] = []
+        for request in new:
+            cut = request.num_computed_tokens // deferred.block_size
+            read += request.block_ids[group][:cut]
+            owned += request.block_ids[group][cut:]
+        for request, ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if ids is not None:
+                (read if request in cached.resumed_req_ids else owned).extend(ids[group])
+        deferred.forget(owned)
+        if output.kv_cache_block_copies or deferred.touches(chain(read, owned)):
             self.catch_up()
 
     def propose(self, output: Any, *args: Any) -> Any:
@@ -129,13 +138,14 @@ class DeferredHead:
             slot_mapping=slots,
         )
         # vLLM reads at each position the token of the one after it, and ``next_token_ids`` at a request's last.
-        self._drafter.propose(
-            num_speculative_tokens=0,
-            target_token_ids=tokens.roll(1),
-            target_positions=positions,
-            target_hidden_states=self._states[rows],
-            next_token_ids=tokens[starts[1:].long() - 1],
-            token_indices_to_sample=None,
-            common_attn_metadata=metadata,
-            sampling_metadata=self._runner.input_batch.sampling_metadata,
-        )
+        with getattr(self._drafter.model, "filling_cache", nullcontext)():
+            self._drafter.propose(
+                num_speculative_tokens=0,
+                target_token_ids=tokens.roll(1),
+                target_positions=positions,
+                target_hidden_states=self._states[rows],
+                next_token_ids=tokens[starts[1:].long() - 1],
+                token_indices_to_sample=None,
+                common_attn_metadata=metadata,
+                sampling_metadata=self._runner.input_batch.sampling_metadata,
+            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader import get_model_cls
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, get_draft_quant_config, maybe_prefix
@@ -29,7 +31,7 @@ from fourfold.common.log import get_logger
 from fourfold.common.mtp.formats import PLAIN
 from fourfold.common.mtp.head import BLOCK, Formula, MtpHead
 from fourfold.common.mtp.layer_class import arguments, decoder_layer
-from fourfold.common.mtp.vocabulary import DraftVocabulary
+from fourfold.common.mtp.vocabulary import DraftVocabulary, Product
 
 # Fused modules of vLLM's layers, as packed_modules_mapping says them; a target's own mapping comes on top.
 FUSED = {
@@ -115,6 +117,30 @@ class _Module(nn.Module):
             x = tensor_model_parallel_all_gather(x, 0)[: positions.shape[-1]]
         return self.norm(x) if formula.feedback == "post_norm" else x
 
+    def fill_cache(self, **inputs: Tensor) -> Tensor:
+        """`forward` without the layer's feed-forward part, on which no cache entry depends; the output is void."""
+        left_out = getattr(self.block, "mlp", None)
+        if left_out is None:
+            return self(**inputs)
+        self.block.mlp = _Skipped()
+        try:
+            return self.forward(**inputs)
+        finally:
+            self.block.mlp = left_out
+
+
+class _Skipped(nn.Module):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+def _packed(weight: Tensor) -> Product:
+    """vLLM's own product with ``weight`` on a CPU."""
+    layer: Any = nn.Module()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return lambda hidden: layer.cpu_linear(hidden, layer.weight, None)
+
 
 class FourfoldMTP(nn.Module):
     """The head of a draft directory that ``fourfold mtp extract`` wrote."""
@@ -122,6 +148,7 @@ class FourfoldMTP(nn.Module):
     model: Any
     lm_head: Any
     step = 0  # the step of a draft, where the model runner does not say
+    _filling_cache = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -217,7 +244,17 @@ class FourfoldMTP(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
         module = self._module(spec_step_idx)
-        return module(positions=positions, hidden_states=hidden_states, inputs_embeds=inputs_embeds)
+        run = module.fill_cache if self._filling_cache else module
+        return run(positions=positions, hidden_states=hidden_states, inputs_embeds=inputs_embeds)
+
+    @contextmanager
+    def filling_cache(self) -> Iterator[None]:
+        """Let `forward` fill the KV cache and compute nothing else, for positions from which nothing is drafted."""
+        self._filling_cache = True
+        try:
+            yield
+        finally:
+            self._filling_cache = False
 
     def _module(self, step: int | None) -> Any:
         return self.model.layers[(self.step if step is None else step) % self.count]
@@ -255,7 +292,8 @@ class FourfoldMTP(nn.Module):
                 self.words = None
             else:
                 start = self.lm_head.shard_indices.org_vocab_start_index
-                self.vocabulary.append(DraftVocabulary(self.words, weight.detach(), start))
+                prepare = _packed if weight.device.type == "cpu" else None
+                self.vocabulary.append(DraftVocabulary(self.words, weight.detach(), start, prepare))
         return self.vocabulary[0] if self.words is not None else None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -2,7 +2,7 @@
 
 - The quantisation method ``fourfold_nvfp4``. On a CPU with AMX this asks for AMX, which attention needs (`cpu_amx`).
 - The draft model class ``FourfoldMTP`` and the config classes of draft directories; both are imported when used. On a
-  CPU this patches two functions of speculative sampling (`cpu_sampling`).
+  CPU this patches two functions of speculative sampling (`cpu_sampling`) and the rejection sampler (`cpu_greedy`).
 - A collector of the counts of drafts by source, empty unless a worker counts them (`common.mtp.metrics`).
 - Patched: the busy loops of vLLM's engine and worker processes, which get room on Python's data stack (`busy_loop`).
 

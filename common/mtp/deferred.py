@@ -2,8 +2,8 @@
 
 A head needs every position's hidden state for its KV cache, also of steps that draft nothing. Where several such steps
 follow each other it may read their positions later, in one batch: before it drafts again, before a block of the cache
-that holds one of them gets another owner or another reader, and before the room for hidden states is used up. Until
-then nobody reads the cache entries that are missing.
+that holds one of them gets another reader, and before the room for hidden states is used up. Until then nobody reads
+the cache entries that are missing; those in a block that gets another owner nobody will.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Deferred:
         self.count = 0
         self._runs: dict[str, list[_Run]] = {}
         self._left: list[_Run] = []
-        self._blocks: set[int] = set()
+        self._blocks: set[int] = set()  # of requests that answer for their runs
+        self._left_blocks: set[int] = set()
 
     def room(self, count: int) -> bool:
         """Whether ``count`` more positions fit."""
@@ -105,10 +106,32 @@ class Deferred:
             for run in self._runs.pop(request, ()):
                 run.blocks, run.tokens = text(request, run.start + 1, run.end + 1)
                 self._left.append(run)
+                held = run.blocks[run.start // self.block_size : (run.end - 1) // self.block_size + 1]
+                self._blocks.difference_update(held)
+                self._left_blocks.update(held)
 
     def touches(self, blocks: Iterable[int]) -> bool:
         """Whether one of ``blocks`` holds a position that was not read."""
-        return not self._blocks.isdisjoint(blocks)
+        blocks = set(blocks)
+        return not (self._blocks.isdisjoint(blocks) and self._left_blocks.isdisjoint(blocks))
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Drop what requests that left had in ``blocks``, which get another owner: no one reads these entries again."""
+        gone = self._left_blocks.intersection(blocks)
+        if gone:
+            self._left_blocks -= gone
+            self._left = [part for run in self._left for part in self._without(run, gone)]
+
+    def _without(self, run: _Run, gone: set[int]) -> Iterator[_Run]:
+        """The parts of ``run`` in other blocks."""
+        first = run.start
+        while first < run.end:
+            index = first // self.block_size
+            end = min(run.end, (index + 1) * self.block_size)
+            if run.blocks[index] not in gone:
+                own = slice(first - run.start, end - run.start)
+                yield _Run(first, run.rows[own], run.blocks, run.tokens[own])
+            first = end
 
     def take(self, text: Text, most: int) -> Iterator[Batch]:
         """All positions, in batches of at most ``most`` runs, short ones first; afterwards there are none."""
@@ -117,6 +140,7 @@ class Deferred:
         self._left = []
         self.count = 0
         self._blocks.clear()
+        self._left_blocks.clear()
         for i in range(0, len(runs), most):
             yield self._batch(runs[i : i + most])
 

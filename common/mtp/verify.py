@@ -13,6 +13,7 @@ in [0, 1), the last of each row for the token that follows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,29 @@ def verify_greedy(target_tokens: Tensor, draft: Tensor) -> Verified:
         )
     accepted = (draft == target_tokens[:, :-1]).long().cumprod(1).sum(1)
     return _assemble(draft, accepted, target_tokens.gather(1, accepted[:, None])[:, 0])
+
+
+def verify_greedy_packed(choices: Tensor, draft: Tensor, counts: Sequence[int]) -> Verified:
+    """`verify_greedy` of drafts that lie one after the other, as engines keep them.
+
+    Args:
+        choices: [T + B] int64, for each request the target's choice after 0..count of its drafted tokens.
+        draft: [T] integer.
+        counts: [B] drafted tokens of each request; k is the largest.
+    """
+    batch, k = len(counts), max(counts)
+    if (len(choices), len(draft)) != (sum(counts) + batch, sum(counts)):
+        raise FourfoldError(
+            f"{len(choices)} choices and {len(draft)} drafted tokens; {batch} drafts of {list(counts)} tokens have "
+            f"{sum(counts) + batch} and {sum(counts)}"
+        )
+    if batch * k == len(draft):
+        return verify_greedy(choices.view(batch, k + 1), draft.view(batch, k).long())
+    places = torch.arange(k + 1, device=draft.device)
+    within = places <= torch.tensor(counts, device=draft.device)[:, None]
+    padded_choices = torch.full((batch, k + 1), -1, device=draft.device).masked_scatter_(within, choices)
+    padded_draft = torch.full((batch, k), -1, device=draft.device).masked_scatter_(within[:, 1:], draft.long())
+    return verify_greedy(padded_choices, padded_draft)
 
 
 def verify_tokens(target: Tensor, draft: Tensor, draft_probs: Tensor | None, uniforms: Tensor) -> Verified:

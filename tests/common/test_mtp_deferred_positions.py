@@ -23,8 +23,8 @@ class Server:
         self.done: dict[str, int] = {}
         self.states: list[tuple[int, int]] = [(-1, -1)] * CAPACITY  # by row: token and position that it is of
         self.expected: dict[int, tuple[int, int, int]] = {}  # by slot: token, position and the token after it
-        self.free = list(range(1, 200))
-        self.read = 0
+        self.free = list(range(1, 140))
+        self.read = self.forgotten = 0
         self.batches = 0
 
     def text(self, request: str, first: int, end: int) -> tuple[Sequence[int], Sequence[int]]:
@@ -44,8 +44,11 @@ class Server:
         for name, start, count in zip(names, starts.tolist(), counts.tolist(), strict=True):
             missing = (start + count - 1) // SIZE + 1 - len(self.blocks[name])
             new = [self.free.pop(0) for _ in range(missing)]
-            if self.deferred.touches(new):
-                self.take()
+            self.deferred.forget(new)
+            assert not self.deferred.touches(new)
+            for slot in [slot for slot in self.expected if slot // SIZE in new]:
+                self.expected.pop(slot)
+                self.forgotten += 1
             self.blocks[name] += new
         if not self.deferred.room(int(counts.sum())):
             self.take()
@@ -65,7 +68,7 @@ class Server:
     def end(self, name: str) -> None:
         self.deferred.leave([name], self.text)
         self.texts.pop(name)
-        self.free += reversed(self.blocks.pop(name))
+        self.free = [*reversed(self.blocks.pop(name)), *self.free]
 
     def take(self) -> None:
         for batch in self.deferred.take(self.text, 3):
@@ -88,6 +91,7 @@ class Server:
 
 
 def test_all_is_read_once_with_the_token_that_follows() -> None:
+    forgotten = 0
     for seed in range(40):
         server = Server(seed)
         for step in range(120):
@@ -98,9 +102,11 @@ def test_all_is_read_once_with_the_token_that_follows() -> None:
             server.step()
         server.take()
         assert server.read > 200 and server.batches > 3
+        forgotten += server.forgotten
+    assert forgotten > 100
 
 
-def test_a_block_of_an_ended_request_is_read_before_it_is_another_s() -> None:
+def test_a_block_of_an_ended_request_is_read_before_it_has_another_reader() -> None:
     deferred = Deferred(16, SIZE)
     deferred.add(["a"], np.array([6]), np.array([4]), np.array([[7, 8, 9]]))
     assert deferred.touches([9]) and deferred.touches([3, 8]) and not deferred.touches([7, 3])
@@ -109,6 +115,24 @@ def test_a_block_of_an_ended_request_is_read_before_it_is_another_s() -> None:
     (batch,) = deferred.take(lambda *_: ([], []), 8)
     assert batch.slots.tolist() == [34, 35, 36, 37] and batch.tokens.tolist() == [7, 8, 9, 10]
     assert not deferred.touches([8, 9]) and deferred.room(16) and not deferred.room(17)
+
+
+def test_what_an_ended_request_had_in_a_block_of_another_is_forgotten() -> None:
+    deferred = Deferred(32, SIZE)
+    table = np.array([[7, 8, 9, 5], [1, 2, 3, 4]])
+    deferred.add(["a", "b"], np.array([2, 0]), np.array([11, 2]), table)
+    deferred.forget([8, 1])  # both requests run
+    assert deferred.touches([8]) and deferred.touches([1])
+    deferred.leave(["a"], lambda _, first, end: ([7, 8, 9, 5], list(range(first, end))))
+    deferred.forget([8, 5, 6])
+    assert not deferred.touches([8, 5]) and deferred.touches([7]) and deferred.touches([9])
+    (batch,) = deferred.take(lambda _, first, end: ([1, 2, 3, 4], list(range(first, end))), 8)
+    assert sorted(batch.positions.tolist()) == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert dict(zip(batch.positions.tolist(), batch.rows.tolist(), strict=True)) == {
+        **{2: 0, 3: 1, 8: 6, 9: 7, 10: 8, 11: 9},
+        **{0: 11, 1: 12},
+    }
+    assert batch.slots.tolist()[-4:] == [36, 37, 38, 39]
 
 
 def test_a_request_whose_positions_have_a_gap_is_read_in_two_runs() -> None:

@@ -26,6 +26,7 @@ from fourfold.common.mtp.verify import (
     expected_length,
     verify_block,
     verify_greedy,
+    verify_greedy_packed,
     verify_tokens,
 )
 
@@ -206,6 +207,22 @@ def test_greedy_is_verification_of_a_certain_target(data: st.DataObject) -> None
         assert torch.equal(result.tokens, greedy.tokens) and torch.equal(result.accepted, greedy.accepted)
 
 
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_packed_drafts_are_verified_one_by_one(data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5))
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    choices = [torch.randint(0, 3, (count + 1,), generator=rng) for count in counts]
+    drafts = [torch.randint(0, 3, (count,), generator=rng, dtype=torch.int32) for count in counts]
+    packed = verify_greedy_packed(torch.cat(choices), torch.cat(drafts), counts)
+    assert packed.tokens.shape == (len(counts), max(counts) + 1)
+    for i, (choice, draft) in enumerate(zip(choices, drafts, strict=True)):
+        alone = verify_greedy(choice[None], draft[None].long())
+        assert packed.accepted[i] == alone.accepted[0]
+        assert [t for t in packed.tokens[i].tolist() if t >= 0] == [t for t in alone.tokens[0].tolist() if t >= 0]
+        assert packed.tokens[i, packed.accepted[i]] >= 0
+
+
 @given(st.integers(0, 2**31), st.integers(1, 5), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
 def test_greedy_decoding_with_any_drafter_is_greedy_decoding(seed: int, k: int, quality: float) -> None:
@@ -258,3 +275,7 @@ def test_shapes_that_do_not_fit_are_named(
             )
     with pytest.raises(FourfoldError, match="target_tokens has shape"):
         verify_greedy(draft, draft)
+    with pytest.raises(
+        FourfoldError, match=r"5 choices and 3 drafted tokens; 2 drafts of \[1, 1\] tokens have 4 and 2"
+    ):
+        verify_greedy_packed(torch.zeros(5), torch.zeros(3), [1, 1])

@@ -3,8 +3,8 @@
 A case has ``model``, ``options`` of ``vllm.LLM``, ``lengths``, those of the steps (the last goes on), and ``requests``,
 each with ``prompt``, sampling parameters, the step at which it may ``start`` and that at which it is ``aborted``. Its
 result has the ``tokens`` and ``logprobs`` of each request, vLLM's counters, ``reads``: positions that the head read in
-each forward pass by the step, and ``cache``: a file with the KV cache of the head when all was read, where the options
-say how large it is.
+each forward pass by the step, and, where the options say how large the KV cache is, ``cache``: a file with that of the
+head when all was read, and ``blocks``, those of it that further requests may read.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def run(case: dict[str, Any], cache: Path) -> dict[str, Any]:
     if "num_gpu_blocks_override" in case["options"]:  # else it is large
         (layer,) = drafter._draft_attn_layer_names
         torch.save(runner.compilation_config.static_forward_context[layer].kv_cache, cache)
+        pool = core.scheduler.kv_cache_manager.block_pool
+        result["blocks"] = [block.block_id for block in pool.blocks if block.block_hash is not None]
     result["deferred"] = deferred is not None
     for metric in llm.get_metrics():
         name = COUNTERS.get(metric.name) or {"vllm:prefix_cache_hits": "hits"}.get(metric.name)
