@@ -3,8 +3,9 @@
 A case has ``model``, ``options`` of ``vllm.LLM``, ``lengths``, those of the steps (the last goes on), and ``requests``,
 each with ``prompt``, sampling parameters, the step at which it may ``start`` and that at which it is ``aborted``. Its
 result has the ``tokens`` and ``logprobs`` of each request, vLLM's counters, ``reads``: positions that the head read in
-each forward pass by the step, and, where the options say how large the KV cache is, ``cache``: a file with that of the
-head when all was read, and ``blocks``, those of it that further requests may read.
+each forward pass by the step, ``fed``: the steps in which its feed-forward part ran, and, where the options say how
+large the KV cache is, ``cache``: a file with that of the head when all was read, and ``blocks``, those of it that
+further requests may read.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def run(case: dict[str, Any], cache: Path) -> dict[str, Any]:
         reads.append((lengths.step, len(kwargs["input_ids"])))
 
     drafter.model.register_forward_pre_hook(note, with_kwargs=True)
+    fed: list[int] = []
+    drafter.model.model.layers[0].block.mlp.register_forward_pre_hook(lambda *_: fed.append(lengths.step))
     waiting = {str(i): request for i, request in enumerate(case["requests"])}
     aborts = {name: request.pop("aborted") for name, request in waiting.items() if "aborted" in request}
     tokens: dict[str, list[int]] = {}
@@ -72,7 +75,7 @@ def run(case: dict[str, Any], cache: Path) -> dict[str, Any]:
     deferred = getattr(worker, "deferred", None)
     if deferred is not None:
         deferred.catch_up()
-    result: dict[str, Any] = {"tokens": tokens, "logprobs": logprobs, "reads": reads, "cache": str(cache)}
+    result: dict[str, Any] = {"tokens": tokens, "logprobs": logprobs, "reads": reads, "fed": fed, "cache": str(cache)}
     if "num_gpu_blocks_override" in case["options"]:  # else it is large
         (layer,) = drafter._draft_attn_layer_names
         torch.save(runner.compilation_config.static_forward_context[layer].kv_cache, cache)

@@ -118,6 +118,11 @@ def test_the_head_is_left_out(runs: dict[str, Any]) -> None:
             [count for step, count in runs[case]["reads"] if step < stretch] for case in (name, f"{name}, vLLM's")
         )
         assert len(always) == stretch and len(late) < 0.25 * stretch
+        # What is read late fills the cache alone.
+        late, always = (
+            [step for step in runs[case]["fed"] if step < stretch] for case in (name, f"{name}, vLLM's")
+        )
+        assert len(always) == stretch and not late
     # All but what is read when drafting resumes.
     assert len(runs["sampled"]["reads"]) < 0.25 * 60
 
