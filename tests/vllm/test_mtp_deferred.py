@@ -119,9 +119,7 @@ def test_the_head_is_left_out(runs: dict[str, Any]) -> None:
         )
         assert len(always) == stretch and len(late) < 0.25 * stretch
         # What is read late fills the cache alone.
-        late, always = (
-            [step for step in runs[case]["fed"] if step < stretch] for case in (name, f"{name}, vLLM's")
-        )
+        late, always = ([step for step in runs[case]["fed"] if step < stretch] for case in (name, f"{name}, vLLM's"))
         assert len(always) == stretch and not late
     # All but what is read when drafting resumes.
     assert len(runs["sampled"]["reads"]) < 0.25 * 60
