@@ -1,7 +1,7 @@
 """Greedy verification on CPUs from one pass over the logits.
 
-vLLM's rejection sampler copies the logits of drafted tokens three times and those of the tokens after them twice, also
-where each request takes its likeliest token and nothing changes a logit. There the choices alone are needed.
+vLLM's rejection sampler copies the logits several times, also where each request takes its likeliest token and nothing
+changes a logit. There the choices alone are needed.
 """
 
 from __future__ import annotations
