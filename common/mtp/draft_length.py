@@ -3,7 +3,8 @@
 A step that drafts K tokens is expected to give ``1 + sum_j prod_{i <= j} a_i``, with ``a_i`` the acceptance of position
 i given that all before it were accepted (Leviathan et al., arXiv 2211.17192); the goodput is that over the step's
 seconds (SmartSpec, arXiv 2406.14066). ``a_i`` is averaged over all batch sizes; seconds are kept for each K and batch
-size, in powers of two. Lengths not in use are probed now and then, at a bounded cost, so that changes are noticed.
+size, in powers of two, and a longer draft never counts as faster. Lengths not in use are probed now and then, at a
+bounded cost, so that changes are noticed; a new batch size starts from what the nearest one showed.
 
 ``choose`` and ``observe`` are pure functions of a state, without clock or chance: ranks that see the same observations
 (`merge`) draft the same number of tokens.
@@ -169,15 +170,45 @@ def lengths(state: State) -> list[float]:
 
 
 def costs(policy: Policy, state: State, size: int) -> list[float]:
-    """Time of a step by K, 0..k_max, for the bucket ``size``: as timed, else scaled from the nearest timed K."""
-    prior = [policy.cost(size, k) for k in range(policy.k_max + 1)]
+    """Time of a step by K, 0..k_max, for the bucket ``size``.
+
+    As timed, else scaled from the nearest timed K, as times are in the nearest bucket where all are known.
+    """
+    like = _like(state, size)
+    if like is None:
+        prior = [policy.cost(size, k) for k in range(policy.k_max + 1)]
+    else:
+        prior = list(_rising(state.buckets[like].times).values())
     bucket = state.buckets.get(size)
-    timed = [k for k, (count, _) in enumerate(bucket.times) if count] if bucket else []
-    if not bucket or not timed:
+    known = _rising(bucket.times) if bucket else {}
+    if not known:
         return prior
-    known = {k: bucket.times[k][1] / bucket.times[k][0] for k in timed}
-    nearest = [min(timed, key=lambda j, k=k: (abs(j - k), j)) for k in range(policy.k_max + 1)]
+    nearest = [min(known, key=lambda j, k=k: (abs(j - k), j)) for k in range(policy.k_max + 1)]
     return [known[j] * prior[k] / prior[j] for k, j in enumerate(nearest)]
+
+
+def _like(state: State, size: int) -> int | None:
+    """The nearest other bucket in which every length was timed."""
+    timed = [other for other, bucket in state.buckets.items() if other != size and all(c for c, _ in bucket.times)]
+    return min(timed, key=lambda other: (max(other, size) / min(other, size), other), default=None)
+
+
+def _rising(times: Sequence[Sums]) -> dict[int, float]:
+    """Mean seconds by K of what was timed, in order; where a longer draft seems faster, the mean of both.
+
+    Isotonic regression by pooling adjacent violators (Ayer et al., 1955): such timings come of a machine whose speed
+    changed in between, and would keep the shorter draft from being tried again.
+    """
+    pools: list[tuple[float, float, list[int]]] = []
+    for k, (count, total) in enumerate(times):
+        if not count:
+            continue
+        ks = [k]
+        while pools and pools[-1][1] * count > total * pools[-1][0]:
+            *sums, below = pools.pop()
+            count, total, ks = count + sums[0], total + sums[1], below + ks
+        pools.append((count, total, ks))
+    return {k: total / count for count, total, ks in pools for k in ks}
 
 
 def choose(policy: Policy, state: State, batch: int) -> tuple[State, int]:
@@ -195,7 +226,15 @@ def choose(policy: Policy, state: State, batch: int) -> tuple[State, int]:
             k = best
         untimed = not bucket.times[k][0] and any(count for count, _ in bucket.times)
         bucket = replace(bucket, current=k)
-        probe = _due(policy, bucket, k, [c / cost[k] - e / length[k] for c, e in zip(cost, length, strict=True)])
+        like = _like(state, size)
+        # Larger batches make drafts dearer, so that the best length falls; one that is longer has to give more.
+        longer = [j for j in range(k + 1, policy.k_max + 1) if length[j] > length[k] * (1 + policy.margin)]
+        news = {
+            *(range(k) if like is None or size > like else ()),
+            *(longer if like is None or size < like else ()),
+        }
+        loss = [c / cost[k] - e / length[k] for c, e in zip(cost, length, strict=True)]
+        probe = _due(policy, bucket, k, news, loss)
         # One step does not tell what a length costs: stay with an untimed one for as long as with a probe.
         if untimed or probe is not None:
             k = k if untimed or probe is None else probe
@@ -205,14 +244,18 @@ def choose(policy: Policy, state: State, batch: int) -> tuple[State, int]:
     return replace(state, buckets=MappingProxyType({**state.buckets, size: bucket})), k
 
 
-def _due(policy: Policy, bucket: Bucket, current: int, loss: list[float]) -> int | None:
-    """The length to probe now, if any. ``loss`` is what one step of each costs, in steps of the length in use."""
+def _due(policy: Policy, bucket: Bucket, current: int, news: set[int], loss: list[float]) -> int | None:
+    """The length to probe now, if any.
+
+    Those of ``news`` that were never used come at once. ``loss`` is what one step of each costs, in steps of the length
+    in use.
+    """
     timing = any(count for count, _ in bucket.times)
-    for k in sorted(range(policy.k_max + 1), key=lambda k: (abs(k - current), -k)):
+    for k in sorted(range(policy.k_max + 1), key=lambda k: (bucket.seen[k], abs(k - current), -k)):
         # Without timings there is nothing to learn from shorter drafts.
         if k == current or (k < current and not timing):
             continue
-        if timing and bucket.seen[k] < 0:
+        if timing and bucket.seen[k] < 0 and k in news:
             return k
         # Each further length gets half the budget, which keeps the sum over all of them bounded.
         wait = policy.probe_steps * min(loss[k], abs(k - current)) * 2 ** abs(k - current) / policy.probe_cost
@@ -242,7 +285,7 @@ def observe(policy: Policy, state: State, observation: Observation) -> State:
         times[used] = 1.0, seconds
     else:
         times[used] = _decayed(bucket.times[used], 1.0, min(seconds, 2 * known), policy.time_window)
-    if used == bucket.current:
+    if used == bucket.current and count >= _MEMORY:
         # What slows the length in use (longer contexts, a neighbour) slows the others too; probes correct their ratios.
         drift = times[used][1] / times[used][0] / known
         times = [time if k == used else (time[0], time[1] * drift) for k, time in enumerate(times)]

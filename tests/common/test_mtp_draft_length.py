@@ -65,6 +65,7 @@ class Engine:
     seed: int = 0
     delay: int = 0
     policy: Policy = Policy(5)
+    pace: Callable[[int], float] = lambda step: 1.0  # what the machine's other work does to a step
     state: State | None = None
     chosen: list[int] = field(default_factory=list)
 
@@ -84,7 +85,12 @@ class Engine:
                 reached[i] = left
                 left = accepted[i] = int(rng.binomial(left, self.acceptance[i]))
             seconds = self.cost(batch, checked)
-            noisy = seconds * float(np.exp(self.noise * rng.standard_normal())) * (8 if rng.random() < 0.002 else 1)
+            noisy = (
+                self.pace(step)
+                * seconds
+                * float(np.exp(self.noise * rng.standard_normal()))
+                * (8 if rng.random() < 0.002 else 1)
+            )
             known = noisy if checked == k else None
             pending.append(Observation(batch, checked, tuple(reached), tuple(accepted), known))
             if len(pending) > self.delay:
@@ -195,6 +201,50 @@ def test_first_uses_that_are_slow(slow: int) -> None:
     engine.run(4000)
     engine = replace(engine, seed=1)
     assert engine.run(1000) < 0.03
+
+
+@pytest.mark.parametrize("acceptance", [USELESS, GOOD])
+def test_one_pause_at_any_step(acceptance: tuple[float, ...]) -> None:
+    """A pause where a length is first used says nothing about the others, and is no reason never to try it again."""
+    for pause in range(60):
+        engine = Engine(acceptance, knee, 8, pace=lambda step, pause=pause: 8.0 if step == pause else 1.0)
+        engine.run(600)
+        assert replace(engine, pace=lambda step: 1.0, seed=1).run(600) < 0.06, pause
+
+
+@pytest.mark.parametrize("slow", [7, 40, 300])
+def test_a_neighbour_that_halves_the_speed_now_and_then(slow: int) -> None:
+    """Steps are twice as slow for ``slow`` steps, then as fast as they are for some three times as many."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        pace: list[float] = []
+        while len(pace) < 1500:
+            pace += [1.0] * int(rng.exponential(3 * slow)) + [2.0] * int(rng.exponential(slow))
+        engine = Engine(USELESS, knee, 8, seed=seed, pace=lambda step, pace=pace: pace[step])
+        assert engine.run(1500) < 0.1, seed
+
+
+def test_new_batch_sizes_start_from_what_others_showed() -> None:
+    """A few hundred steps of each batch size; every length has been timed in the first one only."""
+    sizes = (1, 4, 16, 64)
+    for acceptance in (GOOD, WEAK, USELESS):
+        engine = Engine(acceptance, roofline, lambda step: sizes[step // 300])
+        assert engine.run(1200) < 0.04
+        engine = replace(engine, batch=lambda step: sizes[-1 - step // 300], state=None)
+        assert engine.run(1200) < 0.04
+
+
+def test_a_longer_draft_never_counts_as_faster() -> None:
+    policy = Policy(3)
+    state = initial(policy)
+    state, _ = choose(policy, state, 8)
+    for k, seconds in enumerate((1.0, 4.0, 2.0, 5.0)):
+        state = observe(policy, state, Observation(8, k, (0,) * 3, (0,) * 3, seconds))
+    assert costs(policy, state, 8) == [1.0, 3.0, 3.0, 5.0]
+    assert costs(policy, state, 32) == [1.0, 3.0, 3.0, 5.0]  # like the nearest
+    state, _ = choose(policy, state, 32)
+    state = observe(policy, state, Observation(32, 1, (0,) * 3, (0,) * 3, 6.0))
+    assert costs(policy, state, 32) == [2.0, 6.0, 6.0, 10.0]
 
 
 def test_untimed_lengths_are_scaled_from_the_nearest() -> None:
