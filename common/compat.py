@@ -164,6 +164,11 @@ SEAMS: tuple[Seam, ...] = (
         _DRAFTER,
     ),
     vllm("v1.core.sched.output:SchedulerOutput.finished_req_ids", "which texts to forget", until=_DRAFTER),
+    vllm("v1.core.sched.output:SchedulerOutput.scheduled_spec_decode_tokens", "what was drafted", until=_DRAFTER),
+    vllm("v1.core.sched.output:SchedulerOutput.num_scheduled_tokens", "which steps only decode", until=_DRAFTER),
+    vllm(
+        "distributed.parallel_state:GroupCoordinator.cpu_group", "one duration of a step for all ranks", until=_DRAFTER
+    ),
     vllm("utils.gpu_sync_debug:gpu_sync_allowed", "drafts on the host", until=_DRAFTER),
     vllm("config.speculative:SpeculativeConfig.draft_sample_method", "refuses what is not certain", until=_DRAFTER),
     vllm("config.vllm:VllmConfig.use_v2_model_runner", "refuses the runner that drafts elsewhere", until=_DRAFTER),

@@ -73,6 +73,11 @@ class HybridSettings(Strict):
         default=1.0, gt=0, description="drafted tokens for each matched token: longer matches are likelier to go on"
     )
     head_tokens: int = Field(default=3, ge=1, description="tokens that the MTP head drafts where the text does not")
+    learn_head: bool = Field(
+        default=True,
+        description="vLLM: the head drafts fewer tokens, or none, where that is faster; false: always head_tokens, as "
+        "SGLang does",
+    )
 
 
 class MtpSettings(Strict):

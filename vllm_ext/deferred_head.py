@@ -1,4 +1,4 @@
-"""What steps without drafts skip of speculation, for `AdaptiveWorker`: the head and the rejection sampler.
+"""What steps in which the head drafts nothing skip, for `AdaptiveWorker` and `HybridWorker`: the head itself.
 
 vLLM's V1 model runner runs the head in every step, over the verified tokens, also where it drafts none, since the KV
 cache of the head needs them. `DeferredHead` stores their hidden states, as many as the head reads at once, and lets it
@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -50,7 +51,7 @@ def sample_without_drafts(runner: Any) -> None:
 
 
 class DeferredHead:
-    """Takes the place of a V1 runner's drafting in steps that draft and verify nothing."""
+    """Takes the place of a V1 runner's drafting in steps whose drafts, if any, are not the head's."""
 
     def __init__(self, runner: Any) -> None:
         self._runner, self._drafter = runner, runner.drafter
@@ -80,25 +81,37 @@ class DeferredHead:
         if output.kv_cache_block_copies or deferred.touches(chain(read, owned)):
             self.catch_up()
 
-    def propose(self, output: Any, *args: Any) -> Any:
-        """In place of the runner's: no drafts, where none are asked for and none were verified."""
-        if output.num_spec_tokens_to_schedule or output.scheduled_spec_decode_tokens:
+    def propose(self, output: Any, *args: Any, accepted: Sequence[int] | None = None, **kwargs: Any) -> Any:
+        """In place of the runner's: no drafts, where none are asked for and it is known what was verified.
+
+        Args:
+            accepted: drafted tokens that were right, by row of the batch; None if not known, where any were verified.
+        """
+        verified = output.scheduled_spec_decode_tokens
+        if output.num_spec_tokens_to_schedule or (verified and accepted is None):
             self.catch_up()
-            return self._propose(output, *args)
+            return self._propose(output, *args, **kwargs)
         runner, hidden_states = self._runner, args[2]
         batch = runner.input_batch
         blocks = batch.block_table[self._drafter.kv_cache_gid]
         deferred = self._deferred = self._deferred or Deferred(len(self._states), blocks.block_size)
-        count = output.total_num_scheduled_tokens
         requests = list(batch.req_ids)
         starts = batch.num_computed_tokens_cpu[: len(requests)]
+        counts = runner.num_scheduled_tokens.np[: len(requests)]
+        rows: Any = slice(output.total_num_scheduled_tokens)
+        if verified and accepted is not None:
+            ends = np.cumsum(counts)
+            wrong = [len(verified.get(r, ())) - good for r, good in zip(requests, accepted, strict=True)]
+            firsts, counts = ends - counts, counts - wrong
+            rows = torch.from_numpy(np.concatenate(list(map(np.arange, firsts, firsts + counts))))
+            rows = rows.to(self._states.device)
+        count = int(counts.sum())
         if not deferred.room(count):
             self.catch_up()
         alternative = getattr(runner.get_model(), "get_mtp_target_hidden_states", lambda: None)()
-        counts = runner.num_scheduled_tokens.np[: len(requests)]
         first = deferred.add(requests, starts, counts, blocks.block_table.np[: len(requests)])
         states = hidden_states if alternative is None else alternative
-        self._states[first : first + count] = states[:count]
+        self._states[first : first + count] = states[rows]
         runner._draft_probs = runner._draft_prob_req_ids = None
         return torch.empty(len(requests), 0, dtype=torch.int64, device=self._states.device)
 

@@ -4,9 +4,11 @@
         --speculative-config '{"method": "mtp", "model": DRAFT_DIRECTORY, "num_speculative_tokens": 8}'
         --additional-config '{"fourfold": {"mtp": {"hybrid": {"min_match": 4, "head_tokens": 3}}}}'
 
-``num_speculative_tokens`` is the longest draft of either source, ``head_tokens`` what the head drafts of it. Where all
-requests of a step draft from their text, the head runs once, over the verified tokens, which keeps its KV cache right.
-The text is looked up on the host, after each step's tokens: hence no asynchronous scheduling, which CPUs never have.
+``num_speculative_tokens`` is the longest draft of either source, ``head_tokens`` the head's; with ``learn_head``, the
+default, it drafts as many of them as pay at that batch size, or none. Where it drafts nothing, or all requests draft
+from their text, it is left out, and reads later what it missed (`deferred_head`), unless something forbids: the log
+says what. The text is looked up on the host, after each step's tokens: hence no asynchronous scheduling, which CPUs
+never have.
 
 vLLM's V1 model runner only, the one of CPUs: on a GPU set ``VLLM_USE_V2_MODEL_RUNNER=0``. `FourfoldError` names what
 else does not fit. The counts by source are in ``/metrics`` (`fourfold.common.mtp.metrics`), and what
@@ -15,6 +17,8 @@ else does not fit. The counts by source are in ``/metrics`` (`fourfold.common.mt
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,6 +27,8 @@ from fourfold.vllm_ext.platform_worker import Worker  # the first of vLLM
 # isort: split
 
 import numpy as np
+import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.sample.rejection_sampler import RejectionSampler
@@ -30,19 +36,32 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
 from fourfold.common.mtp import metrics
+from fourfold.common.mtp.head_length import HeadLength
 from fourfold.common.mtp.hybrid import READ, HybridDrafts
 from fourfold.common.settings import HybridSettings, additional_settings
+from fourfold.vllm_ext.deferred_head import DeferredHead, obstacle, sample_without_drafts
 
 
 class HybridDrafting:
-    """Drafts of one V1 model runner: takes its place between sampling and the head."""
+    """Drafts of one V1 model runner: takes its place between sampling and the head.
 
-    def __init__(self, runner: Any, settings: HybridSettings, reports: bool) -> None:
+    Attributes:
+        most: longest draft of the head.
+        count: what it drafted when last asked.
+    """
+
+    def __init__(self, runner: Any, settings: HybridSettings, deferred: DeferredHead | None, reports: bool) -> None:
         self.settings = settings
         self.drafts = HybridDrafts(settings)
+        self.most = min(settings.head_tokens, runner.num_spec_tokens)
+        self.length = HeadLength(self.most) if settings.learn_head else None
         self._reports = reports and metrics.enable()
-        self._runner = runner
+        self._runner, self._deferred = runner, deferred
         self._sampled: list[list[int]] = []  # by row of the batch: this step's tokens, none while a prompt is read
+        self._accepted: list[int] = []  # by row: how many of them were drafted
+        self._asked: tuple[int, set[str]] | None = None  # how many requests there were, for which the head drafts
+        self.count = 0
+        self._since: float | None = None  # when a step was sampled that did nothing but decode
         self._update, self._propose = runner._update_states_after_model_execute, runner.propose_draft_token_ids
         runner._update_states_after_model_execute = self.update
         runner.propose_draft_token_ids = self.propose
@@ -54,14 +73,19 @@ class HybridDrafting:
         incomplete = np.nonzero(runner.discard_request_mask.np[: batch.num_reqs])[0]
         with gpu_sync_allowed():
             self._sampled, _ = RejectionSampler.parse_output(output_token_ids, batch.vocab_size, incomplete.tolist())
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        # vLLM pads drafts with -1.
+        drafted = [sum(token >= 0 for token in verified.get(request, ())) for request in batch.req_ids]
+        good = [min(max(len(tokens) - 1, 0), most) for tokens, most in zip(self._sampled, drafted, strict=True)]
+        self._accepted = good
+        if self.length is not None:
+            self._learn(self.length, scheduler_output, list(zip(batch.req_ids, drafted, good, strict=True)))
         if scheduler_output.finished_req_ids:
             self.drafts.retain(runner.requests)
         left = READ
         for row, (request, tokens) in enumerate(zip(batch.req_ids, self._sampled, strict=True)):
             if tokens:
-                # vLLM pads drafts with -1.
-                drafted = sum(token >= 0 for token in scheduler_output.scheduled_spec_decode_tokens.get(request, ()))
-                self.drafts.verified(request, drafted, min(len(tokens) - 1, drafted))
+                self.drafts.verified(request, drafted[row], good[row])
             # Prompts are known before the model has read them.
             left -= self.drafts.observe(request, batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]], left)
             self.drafts.append(request, tokens)
@@ -71,13 +95,42 @@ class HybridDrafting:
     def propose(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
         """The drafts by row of the batch, in place of the head's alone."""
         limit = scheduler_output.num_spec_tokens_to_schedule
-        requests = zip(self._runner.input_batch.req_ids, self._sampled, strict=True)
-        texts = [self._text(request, limit) if tokens else [] for request, tokens in requests]
-        headless = all(text or not tokens for text, tokens in zip(texts, self._sampled, strict=True))
-        count = 0 if headless else min(self.settings.head_tokens, limit)
-        drafts = self._propose(replace(scheduler_output, num_spec_tokens_to_schedule=count), *args, **kwargs)
+        rows = list(zip(self._runner.input_batch.req_ids, self._sampled, strict=True))
+        texts = [self._text(request, limit) if tokens else [] for request, tokens in rows]
+        headed = {request for (request, tokens), text in zip(rows, texts, strict=True) if tokens and not text}
+        count = 0
+        if headed:
+            requests = sum(bool(tokens) for _, tokens in rows)
+            count = self.most if self.length is None else self.length.choose(requests)
+            if count and not self.count:  # it first reads what it missed: no measure of a draft
+                self._since = None
+            self._asked, self.count = (requests, headed), count
+        if self._deferred is not None:
+            kwargs["accepted"] = self._accepted
+        drafts = self._propose(
+            replace(scheduler_output, num_spec_tokens_to_schedule=min(count, limit)), *args, **kwargs
+        )
         with gpu_sync_allowed():
             return [text or head for text, head in zip(texts, drafts.tolist(), strict=True)]
+
+    def _learn(self, length: HeadLength, output: Any, rows: Sequence[tuple[str, int, int]]) -> None:
+        """Report what the head's drafts came to; ``rows``: each request with its drafted and its accepted tokens."""
+        now, tokens = time.perf_counter(), output.scheduled_spec_decode_tokens
+        decodes = (n == 1 + len(tokens.get(request, ())) for request, n in output.num_scheduled_tokens.items())
+        steady = not output.scheduled_new_reqs and all(decodes)
+        since, self._since = self._since, now if steady else None
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return
+        requests, headed = asked
+        seconds = now - since if steady and since is not None else None
+        if seconds is not None and get_tp_group().world_size > 1:  # all ranks choose the same
+            slowest = torch.tensor(seconds, dtype=torch.float64)
+            torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX, get_tp_group().cpu_group)
+            seconds = slowest.item()
+        head = [(drafted, good) for request, drafted, good in rows if request in headed]
+        text = sum(good for request, _, good in rows if request not in headed)
+        length.report(requests, self.count, len(rows) + text, head, seconds)
 
     def _text(self, request: str, limit: int) -> list[int]:
         draft = self.drafts.propose(request, limit)
@@ -94,20 +147,32 @@ class HybridWorker(Worker):
         _check(vllm_config, self._settings)
         super().__init__(vllm_config, *args, **kwargs)
         self.hybrid: HybridDrafting | None = None
+        self.deferred: DeferredHead | None = None
 
     def init_device(self) -> None:
         super().init_device()
         if not hasattr(self.model_runner, "drafter"):  # the last pipeline stage drafts
             return
+        sample_without_drafts(self.model_runner)
+        reason = obstacle(self.model_runner)
+        if not reason:
+            self.deferred = DeferredHead(self.model_runner)
         # The ranks of a tensor-parallel group draft the same.
-        self.hybrid = HybridDrafting(self.model_runner, self._settings, self.is_driver_worker)
-        longest = self.model_runner.num_spec_tokens
+        self.hybrid = HybridDrafting(self.model_runner, self._settings, self.deferred, self.is_driver_worker)
         get_logger(__name__).info(
-            "fourfold: hybrid drafts: matches of %d tokens or more draft up to %d, the MTP head %d elsewhere",
+            "fourfold: hybrid drafts: matches of %d tokens or more draft up to %d, the MTP head %s%d elsewhere; "
+            "in steps without its drafts it %s",
             self._settings.min_match,
-            min(self._settings.max_draft, longest),
-            min(self._settings.head_tokens, longest),
+            min(self._settings.max_draft, self.model_runner.num_spec_tokens),
+            "up to " if self._settings.learn_head else "",
+            self.hybrid.most,
+            f"runs all the same: {reason}" if reason else "is left out, and reads later what it missed",
         )
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if self.deferred is not None:
+            self.deferred.begin(scheduler_output)
+        return super().execute_model(scheduler_output)
 
     def draft_totals(self) -> dict[str, dict[str, Any]]:
         """The counts of `HybridDrafts` by source, as plain dictionaries; empty where this worker drafts nothing."""
@@ -140,7 +205,8 @@ def _check(vllm_config: Any, settings: HybridSettings) -> None:
         )
     if "AdaptiveScheduler" in str(vllm_config.scheduler_config.scheduler_cls):
         raise FourfoldError(
-            "HybridWorker: AdaptiveScheduler learns one length for drafts of both sources; leave out --scheduler-cls"
+            "HybridWorker: AdaptiveScheduler learns one length for drafts of both sources, where mtp.hybrid.learn_head "
+            "learns the head's; leave out --scheduler-cls"
         )
     ranks = vllm_config.parallel_config.data_parallel_size
     if ranks > 1:

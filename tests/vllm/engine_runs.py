@@ -1,7 +1,7 @@
 """Run vLLM engines one after the other in this process: ``engine_runs.py CASES.json RESULTS.json``.
 
 A case has ``model``, ``options`` of ``vllm.LLM`` and ``requests``, each with ``prompt`` and sampling parameters. With
-``step_seconds``, by the number of tokens drafted, fourfold's scheduler sees steps of that duration, whatever else the
+``step_seconds``, by the number of tokens that the head drafted, fourfold sees steps of that duration, whatever else the
 machine does. Its result has the ``tokens`` of each request, vLLM's own speculation counters, the drafts that were
 ``proposed`` in each step, the draft model's ``class``, the ``totals`` and ``metrics`` of a hybrid worker, or the
 ``error`` that the engine raised. A case with ``config`` starts no engine: its worker gets a configuration with those
@@ -74,12 +74,14 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    from fourfold.vllm_ext import mtp_scheduler
+    from fourfold.vllm_ext import hybrid_worker, mtp_scheduler
 
     now = 0.0
-    mtp_scheduler.time = SimpleNamespace(perf_counter=lambda: now) if "step_seconds" in case else time
+    clock = SimpleNamespace(perf_counter=lambda: now) if "step_seconds" in case else time
+    mtp_scheduler.time = hybrid_worker.time = clock
     llm: Any = LLM(case["model"], **{**OPTIONS, **case["options"]}, disable_log_stats=False)
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner, hybrid = worker.model_runner, getattr(worker, "hybrid", None)
     proposed: list[Any] = []
     result: dict[str, Any] = {"proposed": proposed}
     if case["options"].get("speculative_config"):
@@ -90,10 +92,21 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             nonlocal now
             drafts = propose(*args, **kwargs)
             proposed.append(drafts.tolist())
-            now += case["step_seconds"][drafts.shape[1]] if "step_seconds" in case else 0
+            if "step_seconds" in case and hybrid is None:
+                now += case["step_seconds"][drafts.shape[1]]
             return drafts
 
         drafter.propose = keep
+    if hybrid is not None and "step_seconds" in case:
+        draft = runner.propose_draft_token_ids
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal now
+            drafts = draft(*args, **kwargs)
+            now += case["step_seconds"][hybrid.count]
+            return drafts
+
+        runner.propose_draft_token_ids = timed
     prompts = [{"prompt_token_ids": request.pop("prompt")} for request in case["requests"]]
     for request in case["requests"]:
         if "regex" in request:

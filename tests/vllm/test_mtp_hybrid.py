@@ -82,6 +82,15 @@ CASES = {
     "a false match": Case(texts=[FALSE]),
     "read in chunks": Case("right", (), [COPY, CYCLE, NEW], {}, {"max_num_batched_tokens": 48}),
 }
+# A learned length: what the head drafts, and the seconds of a step by that.
+MIXED = [COPY, NEW, CYCLE, EDIT, FALSE, prompt(ORDER[150], 5)]
+CHEAP, DEAR = [1.0, 1.05, 1.1, 1.15], [1.0, 2.1, 3.2, 4.3]
+LEARN, LONG = {"learn_head": True}, 300
+LEARNED = {
+    "learned, right and cheap": (Case(texts=MIXED, hybrid=LEARN, options={"max_model_len": 1024}), CHEAP),
+    "learned, right and dear": (Case(texts=MIXED, hybrid=LEARN, options={"max_model_len": 1024}), DEAR),
+    "learned, useless": (Case("swapped", EVERY, MIXED, LEARN, {"max_model_len": 1024}), CHEAP),
+}
 CROWD = [ORDER[30 * i : 30 * i + 60] + ORDER[30 * i : 30 * i + 30] for i in range(6)]
 SAMPLED = [(ORDER * 2)[7 * i : 7 * i + SIZE + 4] for i in range(32)]
 
@@ -94,7 +103,9 @@ def serve(case: Case, where: Path, tokens: int = TOKENS, scale: float = 1.0, **s
     options = {
         "speculative_config": speculative,
         "worker_cls": WORKER,
-        "additional_config": {"fourfold": {"mtp": {"hybrid": {"head_tokens": HEAD, **case.hybrid}}}},
+        "additional_config": {
+            "fourfold": {"mtp": {"hybrid": {"head_tokens": HEAD, "learn_head": False, **case.hybrid}}}
+        },
         **case.options,
     }
     requests = [{"prompt": text, "temperature": 0, "max_tokens": tokens, **sampling} for text in case.texts]
@@ -107,8 +118,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("hybrid")
     cases = {name: serve(case, folder / name) for name, case in CASES.items()}
     cases["padded batches off"]["options"]["speculative_config"]["disable_padded_drafter_batch"] = True
+    for name, (case, seconds) in LEARNED.items():
+        cases[name] = {**serve(case, folder / name, LONG), "step_seconds": seconds}
     crowded = {"block_size": 32, "num_gpu_blocks_override": 20, "max_num_batched_tokens": 64, "max_num_seqs": 6}
     cases["crowded"] = serve(Case(texts=CROWD, options=crowded), folder / "crowded")
+    learned = serve(Case(texts=CROWD, hybrid=LEARN, options=crowded), folder / "crowded, learned")
+    cases["crowded, learned"] = {**learned, "step_seconds": DEAR}
     cases["grammar"] = serve(Case(texts=[EDIT]), folder / "grammar", 12, regex=f"[^{character(ORDER[100])}]*")
     cases["near the end"] = serve(Case(texts=[CYCLE], options={"max_model_len": 300}), folder / "end", 40)
     sampled = Case("embedding", (), SAMPLED, {"min_match": 1}, {"max_num_seqs": 64})
@@ -154,9 +169,23 @@ def test_a_copy_counted_by_hand(runs: dict[str, Any]) -> None:
     assert runs["a copy"]["totals"]["mtp"] == head
     useless = {"drafts": 29, "drafted": 87, "accepted": 0, "accepted_by_position": []}
     assert runs["a copy, useless head"]["totals"]["mtp"] == useless
-    # Where the text drafts alone, the head reads and drafts nothing.
-    assert [len(step[0]) for step in runs["a copy"]["proposed"]][:5] == [0, 0, 0, 0, HEAD]
-    assert all(len(draft) == 0 for step in runs["a cycle, useless head"]["proposed"] for draft in step)
+    # Where the text drafts alone, the head is left out; it reads what it missed before it drafts.
+    assert [len(step[0]) for step in runs["a copy"]["proposed"]][:3] == [0, HEAD, HEAD]
+    assert runs["a cycle, useless head"]["proposed"] == []
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_length_of_the_head(runs: dict[str, Any], name: str) -> None:
+    result, totals = runs[name], runs[name]["totals"]
+    assert result["tokens"] == [continuation(text[-1], LONG) for text in MIXED]
+    assert totals["suffix"]["accepted"] > 300
+    drafted, drafts = totals["mtp"]["drafted"], totals["mtp"]["drafts"]
+    # Read late or not, what the head drafts of is the text.
+    assert totals["mtp"]["accepted"] == (0 if "useless" in name else drafted)
+    if "cheap" in name:
+        assert drafted > 0.8 * HEAD * drafts
+    else:
+        assert 0 < drafts < 150
 
 
 def test_metrics(runs: dict[str, Any]) -> None:
@@ -170,8 +199,9 @@ def test_metrics(runs: dict[str, Any]) -> None:
             assert served[f'fourfold:spec_accepted_tokens_total{{position="{position}",source="{source}"}}'] == count
 
 
-def test_preempted_requests(runs: dict[str, Any]) -> None:
-    result = runs["crowded"]
+@pytest.mark.parametrize("name", ["crowded", "crowded, learned"])
+def test_preempted_requests(runs: dict[str, Any], name: str) -> None:
+    result = runs[name]
     assert result["tokens"] == [continuation(text[-1], TOKENS) for text in CROWD]
     assert result["preemptions"] > 0
     totals = result["totals"]
@@ -202,7 +232,10 @@ def test_sampled_output_follows_the_target(runs: dict[str, Any]) -> None:
 
 
 def test_the_log_says_what_drafts(runs: dict[str, Any]) -> None:
-    assert "fourfold: hybrid drafts: matches of 2 tokens or more draft up to 4, the MTP head 3 elsewhere" in runs["log"]
+    assert (
+        "fourfold: hybrid drafts: matches of 2 tokens or more draft up to 4, the MTP head 3 elsewhere; " in runs["log"]
+    )
+    assert "8, the MTP head up to 3 elsewhere; in steps without its drafts it is left out, and reads" in runs["log"]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +245,7 @@ def test_the_log_says_what_drafts(runs: dict[str, Any]) -> None:
         ("probabilistic", "draft_sample_method='probabilistic' needs the probabilities of every drafted token"),
         ("asynchronous", "drafts before the host knows the text; add --no-async-scheduling"),
         ("data parallel", "data_parallel_size=2: the ranks' heads must run equally often"),
-        ("adaptive", "learns one length for drafts of both sources; leave out --scheduler-cls"),
+        ("adaptive", "mtp.hybrid.learn_head learns the head's; leave out --scheduler-cls"),
         ("disabled", "mtp.hybrid.enabled is false; leave out --worker-cls"),
         ("V2", "the V2 model runner drafts on the device; set VLLM_USE_V2_MODEL_RUNNER=0"),
     ],

@@ -29,6 +29,8 @@ ARGUMENTS = ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", 
 
 
 HYBRID = ["--worker-cls", "fourfold.vllm_ext.hybrid_worker.HybridWorker"]
+FIXED = ["--additional-config", json.dumps({"fourfold": {"mtp": {"hybrid": {"learn_head": False}}}})]
+MTP = ("source", "mtp")
 LIMIT = 8  # tokens that the second server drafts from text
 
 
@@ -47,7 +49,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
     folder = tmp_path_factory.mktemp("mtp")
     starting = {
         "right": start(folder / "right", "--block-size", "32", "--enable-prefix-caching"),
-        "wrong": start(folder / "wrong", *HYBRID, kind="swapped", k=LIMIT),
+        "wrong": start(folder / "wrong", *HYBRID, *FIXED, kind="swapped", k=LIMIT),
     }
     with engine_checks.running(starting):
         yield starting
@@ -176,7 +178,24 @@ def test_a_cancelled_stream_leaves_nothing_behind(server: EngineServer) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    with start(tmp_path, "--tensor-parallel-size", "2", env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}) as server:
-        before, text = counters(server), prompt(ORDER[0])
-        assert complete(server, text, 40)["token_ids"] == continuation(text[-1], 40)
-        assert counted(before, counters(server)) == expected_drafts(text, 40, K)
+    """Ranks that time steps for themselves would draft different numbers of tokens, and wait for each other for ever."""
+    ranks, env = ["--tensor-parallel-size", "2"], {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    servers = {
+        "head": start(tmp_path / "head", *ranks, env=env),
+        "hybrid": start(tmp_path / "hybrid", *ranks, *HYBRID, env=env, k=LIMIT),
+    }
+    with engine_checks.running(servers):
+        before, text = counters(servers["head"]), prompt(ORDER[0])
+        assert complete(servers["head"], text, 40)["token_ids"] == continuation(text[-1], 40)
+        assert counted(before, counters(servers["head"])) == expected_drafts(text, 40, K)
+        texts = [(ORDER * 2)[40 * i : 40 * i + 40 + 10 * i] for i in range(4)]
+        texts[0] += texts[0][:10]  # goes on as before for 30 tokens
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda text: complete(servers["hybrid"], text, 400)["token_ids"], texts))
+        assert answers == [continuation(text[-1], 400) for text in texts]
+        found = read_metrics(servers["hybrid"].url)
+        drafted, accepted = (
+            sum(n for (name, labels), n in found.items() if name == f"fourfold:spec_{which}_total" and MTP in labels)
+            for which in ("draft_tokens", "accepted_tokens")
+        )
+        assert drafted == accepted > 0
