@@ -29,6 +29,7 @@ ARGUMENTS = ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", 
 
 
 HYBRID = ["--worker-cls", "fourfold.vllm_ext.hybrid_worker.HybridWorker"]
+SKEWED, FOLDER = ["--worker-cls", "skewed_worker.SkewedWorker"], str(Path(__file__).parent)
 FIXED = ["--additional-config", json.dumps({"fourfold": {"mtp": {"hybrid": {"learn_head": False}}}})]
 MTP = ("source", "mtp")
 LIMIT = 8  # tokens that the second server drafts from text
@@ -178,11 +179,11 @@ def test_a_cancelled_stream_leaves_nothing_behind(server: EngineServer) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    """Ranks that time steps for themselves would draft different numbers of tokens, and wait for each other for ever."""
+    """Ranks that time steps for themselves draft different numbers of tokens, and wait for each other."""
     ranks, env = ["--tensor-parallel-size", "2"], {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     servers = {
         "head": start(tmp_path / "head", *ranks, env=env),
-        "hybrid": start(tmp_path / "hybrid", *ranks, *HYBRID, env=env, k=LIMIT),
+        "hybrid": start(tmp_path / "hybrid", *ranks, *SKEWED, env=env | {"PYTHONPATH": FOLDER}, k=LIMIT),
     }
     with engine_checks.running(servers):
         before, text = counters(servers["head"]), prompt(ORDER[0])
