@@ -58,7 +58,7 @@ class HybridDrafting:
         self._reports = reports and metrics.enable()
         self._runner, self._deferred = runner, deferred
         self._sampled: list[list[int]] = []  # by row of the batch: this step's tokens, none while a prompt is read
-        self._accepted: list[int] = []  # by row: how many of them were drafted
+        self._accepted: list[int] = []  # by row: how many of them were drafted, or padded with
         self._asked: tuple[int, set[str]] | None = None  # how many requests there were, for which the head drafts
         self.count = 0
         self._since: float | None = None  # when a step was sampled that did nothing but decode
@@ -76,8 +76,8 @@ class HybridDrafting:
         verified = scheduler_output.scheduled_spec_decode_tokens
         # vLLM pads drafts with -1.
         drafted = [sum(token >= 0 for token in verified.get(request, ())) for request in batch.req_ids]
-        good = [min(max(len(tokens) - 1, 0), most) for tokens, most in zip(self._sampled, drafted, strict=True)]
-        self._accepted = good
+        self._accepted = [max(len(tokens) - 1, 0) for tokens in self._sampled]
+        good = list(map(min, self._accepted, drafted))
         if self.length is not None:
             self._learn(self.length, scheduler_output, list(zip(batch.req_ids, drafted, good, strict=True)))
         if scheduler_output.finished_req_ids:
