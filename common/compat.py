@@ -169,6 +169,7 @@ SEAMS: tuple[Seam, ...] = (
     vllm(
         "distributed.parallel_state:GroupCoordinator.cpu_group", "one duration of a step for all ranks", until=_DRAFTER
     ),
+    vllm("distributed.parallel_state:GroupCoordinator.world_size", "whether there are others", until=_DRAFTER),
     vllm("utils.gpu_sync_debug:gpu_sync_allowed", "drafts on the host", until=_DRAFTER),
     vllm("config.speculative:SpeculativeConfig.draft_sample_method", "refuses what is not certain", until=_DRAFTER),
     vllm("config.vllm:VllmConfig.use_v2_model_runner", "refuses the runner that drafts elsewhere", until=_DRAFTER),

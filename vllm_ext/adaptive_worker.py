@@ -17,7 +17,7 @@ from fourfold.vllm_ext.platform_worker import Worker  # the first of vLLM
 # isort: split
 
 from fourfold.common.log import get_logger
-from fourfold.vllm_ext.deferred_head import DeferredHead, obstacle, sample_without_drafts
+from fourfold.vllm_ext.deferred_head import DeferredHead, defer
 
 
 class AdaptiveWorker(Worker):
@@ -30,14 +30,8 @@ class AdaptiveWorker(Worker):
         runner = self.model_runner
         if self.use_v2_model_runner or not hasattr(runner, "drafter"):  # the last pipeline stage drafts
             return
-        sample_without_drafts(runner)
-        reason = obstacle(runner)
-        if not reason:
-            self.deferred = DeferredHead(runner)
-        get_logger(__name__).info(
-            "fourfold: in steps without drafts the MTP head %s",
-            f"runs all the same: {reason}" if reason else "is left out, and reads later what it missed",
-        )
+        self.deferred, what = defer(runner)
+        get_logger(__name__).info("fourfold: in steps without drafts the MTP head %s", what)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._draft(scheduler_output.num_spec_tokens_to_schedule)

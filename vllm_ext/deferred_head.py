@@ -50,6 +50,23 @@ def sample_without_drafts(runner: Any) -> None:
     runner._sample = draftless
 
 
+def only_decodes(output: Any) -> bool:
+    """Whether no request of a step reads its prompt: each verifies its draft and adds a token."""
+    tokens = output.scheduled_spec_decode_tokens
+    return not output.scheduled_new_reqs and all(
+        count == len(tokens.get(request, ())) + 1 for request, count in output.num_scheduled_tokens.items()
+    )
+
+
+def defer(runner: Any) -> tuple[DeferredHead | None, str]:
+    """Let ``runner`` skip what it can, and say of the head what the log should."""
+    sample_without_drafts(runner)
+    reason = obstacle(runner)
+    if reason:
+        return None, f"runs all the same: {reason}"
+    return DeferredHead(runner), "is left out, and reads later what it missed"
+
+
 class DeferredHead:
     """Takes the place of a V1 runner's drafting in steps whose drafts, if any, are not the head's."""
 

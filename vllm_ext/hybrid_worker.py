@@ -36,10 +36,10 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
 from fourfold.common.mtp import metrics
-from fourfold.common.mtp.head_length import HeadLength
+from fourfold.common.mtp.draft_length import DraftLength, Policy
 from fourfold.common.mtp.hybrid import READ, HybridDrafts
 from fourfold.common.settings import HybridSettings, additional_settings
-from fourfold.vllm_ext.deferred_head import DeferredHead, obstacle, sample_without_drafts
+from fourfold.vllm_ext.deferred_head import DeferredHead, defer, only_decodes
 
 
 class HybridDrafting:
@@ -54,7 +54,7 @@ class HybridDrafting:
         self.settings = settings
         self.drafts = HybridDrafts(settings)
         self.most = min(settings.head_tokens, runner.num_spec_tokens)
-        self.length = HeadLength(self.most) if settings.learn_head else None
+        self.length = DraftLength(Policy(self.most)) if settings.learn_head else None
         self._reports = reports and metrics.enable()
         self._runner, self._deferred = runner, deferred
         self._sampled: list[list[int]] = []  # by row of the batch: this step's tokens, none while a prompt is read
@@ -113,11 +113,9 @@ class HybridDrafting:
         with gpu_sync_allowed():
             return [text or head for text, head in zip(texts, drafts.tolist(), strict=True)]
 
-    def _learn(self, length: HeadLength, output: Any, rows: Sequence[tuple[str, int, int]]) -> None:
+    def _learn(self, length: DraftLength, output: Any, rows: Sequence[tuple[str, int, int]]) -> None:
         """Report what the head's drafts came to; ``rows``: each request with its drafted and its accepted tokens."""
-        now, tokens = time.perf_counter(), output.scheduled_spec_decode_tokens
-        decodes = (n == 1 + len(tokens.get(request, ())) for request, n in output.num_scheduled_tokens.items())
-        steady = not output.scheduled_new_reqs and all(decodes)
+        now, steady = time.perf_counter(), only_decodes(output)
         since, self._since = self._since, now if steady else None
         asked, self._asked = self._asked, None
         if asked is None:
@@ -130,7 +128,7 @@ class HybridDrafting:
             seconds = slowest.item()
         head = [(drafted, good) for request, drafted, good in rows if request in headed]
         text = sum(good for request, _, good in rows if request not in headed)
-        length.report(requests, self.count, len(rows) + text, head, seconds)
+        length.observe(requests, self.count, head, seconds, headless=len(rows) + text)
 
     def _text(self, request: str, limit: int) -> list[int]:
         draft = self.drafts.propose(request, limit)
@@ -153,10 +151,7 @@ class HybridWorker(Worker):
         super().init_device()
         if not hasattr(self.model_runner, "drafter"):  # the last pipeline stage drafts
             return
-        sample_without_drafts(self.model_runner)
-        reason = obstacle(self.model_runner)
-        if not reason:
-            self.deferred = DeferredHead(self.model_runner)
+        self.deferred, what = defer(self.model_runner)
         # The ranks of a tensor-parallel group draft the same.
         self.hybrid = HybridDrafting(self.model_runner, self._settings, self.deferred, self.is_driver_worker)
         get_logger(__name__).info(
@@ -166,7 +161,7 @@ class HybridWorker(Worker):
             min(self._settings.max_draft, self.model_runner.num_spec_tokens),
             "up to " if self._settings.learn_head else "",
             self.hybrid.most,
-            f"runs all the same: {reason}" if reason else "is left out, and reads later what it missed",
+            what,
         )
 
     def execute_model(self, scheduler_output: Any) -> Any:

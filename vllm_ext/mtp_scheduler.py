@@ -34,6 +34,7 @@ from fourfold.common.log import get_logger
 from fourfold.common.mtp.agreement import Agreement
 from fourfold.common.mtp.draft_length import DraftLength, Policy
 from fourfold.common.settings import additional_settings
+from fourfold.vllm_ext.deferred_head import only_decodes
 
 WORKER = "fourfold.vllm_ext.adaptive_worker.AdaptiveWorker"
 
@@ -127,12 +128,8 @@ class AdaptiveScheduler(AsyncScheduler):
 
 def _is_steady(output: SchedulerOutput) -> bool:
     """Whether all requests of a step decode, and verify as many tokens as they draft."""
-    drafted = output.num_spec_tokens_to_schedule
-    tokens = output.scheduled_spec_decode_tokens
-    return not output.scheduled_new_reqs and all(
-        len(tokens.get(request, ())) == drafted and count == drafted + 1
-        for request, count in output.num_scheduled_tokens.items()
-    )
+    tokens, drafted = output.scheduled_spec_decode_tokens, output.num_spec_tokens_to_schedule
+    return only_decodes(output) and all(len(tokens.get(r, ())) == drafted for r in output.num_scheduled_tokens)
 
 
 def check_ranks(vllm_config: Any) -> None:

@@ -72,7 +72,8 @@ class Observation:
     Attributes:
         batch: requests.
         drafted: tokens drafted for each request that drafted as asked.
-        reached: [k_max] requests in which position i was verified and all before it were accepted.
+        reached: [k_max] requests in which position i was verified and all before it were accepted; of position 0 `of` may
+            count tokens.
         accepted: [k_max] those of them in which position i was accepted.
         seconds: duration of a decode step that verified and drafted ``drafted`` tokens; None if it did other work too.
     """
@@ -85,9 +86,19 @@ class Observation:
 
     @staticmethod
     def of(
-        k_max: int, batch: int, drafted: int, requests: Iterable[tuple[int, int]], seconds: float | None = None
+        k_max: int,
+        batch: int,
+        drafted: int,
+        requests: Iterable[tuple[int, int]],
+        seconds: float | None = None,
+        headless: int = 0,
     ) -> Observation:
         """From ``requests``, each (drafted tokens, accepted tokens); those that drafted nothing may be left out.
+
+        Args:
+            headless: where requests draft from their own text too, the tokens that the step gave without the head: one
+                for each request, and the accepted ones of the texts. The head's first token is then counted as accepted
+                per such token, so that `lengths` is in multiples of them, and the texts' are no merit of the head.
 
         Raises:
             FourfoldError: counts that no step can have.
@@ -104,6 +115,8 @@ class Observation:
                 f"a step of {batch} requests, {drafted} drafted tokens and {seconds} s: expected no negative count, "
                 f"0 to {k_max} tokens and a positive time"
             )
+        if any(reached):
+            reached[0] = max(headless, reached[0])
         return Observation(batch, drafted, tuple(reached), tuple(accepted), seconds)
 
 
@@ -310,9 +323,13 @@ class DraftLength:
         return k
 
     def observe(
-        self, batch: int, drafted: int, requests: Iterable[tuple[int, int]], seconds: float | None = None
+        self,
+        batch: int,
+        drafted: int,
+        requests: Iterable[tuple[int, int]],
+        seconds: float | None = None,
+        headless: int = 0,
     ) -> None:
         """Report one step; see `Observation.of`."""
-        self.state = observe(
-            self.policy, self.state, Observation.of(self.policy.k_max, batch, drafted, requests, seconds)
-        )
+        seen = Observation.of(self.policy.k_max, batch, drafted, requests, seconds, headless)
+        self.state = observe(self.policy, self.state, seen)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from fourfold.common.errors import FourfoldError
-from fourfold.common.mtp.head_length import HeadLength
+from fourfold.common.mtp.draft_length import DraftLength, Policy
 
 ACCEPTANCE, MOST, TEXT = (0.5, 0.4), 2, 8  # of the head, its longest draft, and that of a text
 
 
 def serve(requests: int, texts: float, a_token: float, fixed: int | None = None, steps: int = 800) -> float:
     """Tokens a second where a share ``texts`` of the requests draft from their text and each token adds ``a_token``."""
-    rng, length, tokens, seconds = np.random.default_rng(0), HeadLength(MOST), 0, 0.0
+    rng, length, tokens, seconds = np.random.default_rng(0), DraftLength(Policy(MOST)), 0, 0.0
     text = rng.random(requests) < texts
     for _ in range(steps):
         heads = requests - int(text.sum())
@@ -24,7 +24,7 @@ def serve(requests: int, texts: float, a_token: float, fixed: int | None = None,
         step = 1 + a_token * verified + 0.05 * chosen
         if heads and fixed is None:
             noisy = step * float(np.exp(0.05 * rng.standard_normal()))
-            length.report(requests, chosen, requests + found, [(chosen, n) for n in good], noisy)
+            length.observe(requests, chosen, [(chosen, n) for n in good], noisy, headless=requests + found)
         tokens += requests + found + sum(good)
         seconds += step
         turn = rng.random(requests) < 0.2  # some go on otherwise
@@ -42,15 +42,15 @@ def test_as_fast_as_the_best_fixed_length(requests: int, texts: float, a_token: 
 
 def test_what_texts_give_is_no_merit_of_the_head() -> None:
     """Many tokens from texts: those of the head are few beside them, and dear."""
-    length = HeadLength(1)
+    length = DraftLength(Policy(1))
     chosen = []
     for _ in range(300):
         chosen.append(length.choose(16))
         head = [(chosen[-1], chosen[-1])] * 2  # always right
-        length.report(16, chosen[-1], 16 + 14 * TEXT, head, 1.0 + 0.1 * chosen[-1])
+        length.observe(16, chosen[-1], head, 1.0 + 0.1 * chosen[-1], headless=16 + 14 * TEXT)
     assert chosen[100:].count(0) > 150
 
 
 def test_counts_that_no_step_has() -> None:
     with pytest.raises(FourfoldError, match="3 tokens accepted of 2 drafted"):
-        HeadLength(2).report(1, 2, 1, [(2, 3)])
+        DraftLength(Policy(2)).observe(1, 2, [(2, 3)], headless=1)

@@ -89,21 +89,18 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         propose, result["class"] = drafter.propose, type(drafter.model).__name__
 
         def keep(*args: Any, **kwargs: Any) -> Any:
-            nonlocal now
             drafts = propose(*args, **kwargs)
             proposed.append(drafts.tolist())
-            if "step_seconds" in case and hybrid is None:
-                now += case["step_seconds"][drafts.shape[1]]
             return drafts
 
         drafter.propose = keep
-    if hybrid is not None and "step_seconds" in case:
+    if "step_seconds" in case:
         draft = runner.propose_draft_token_ids
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             nonlocal now
             drafts = draft(*args, **kwargs)
-            now += case["step_seconds"][hybrid.count]
+            now += case["step_seconds"][drafts.shape[1] if hybrid is None else hybrid.count]
             return drafts
 
         runner.propose_draft_token_ids = timed
