@@ -72,8 +72,8 @@ class Observation:
     Attributes:
         batch: requests.
         drafted: tokens drafted for each request that drafted as asked.
-        reached: [k_max] requests in which position i was verified and all before it were accepted; of position 0 `of` may
-            count tokens.
+        reached: [k_max] requests in which position i was verified and all before it were accepted; for position 0
+            also tokens, see `of`.
         accepted: [k_max] those of them in which position i was accepted.
         seconds: duration of a decode step that verified and drafted ``drafted`` tokens; None if it did other work too.
     """
