@@ -13,6 +13,7 @@ from fourfold.common.compat_deferred import DEFERRED
 from fourfold.common.compat_mla import MLA
 from fourfold.common.compat_modules import MODULES
 from fourfold.common.compat_parallel import PARALLEL
+from fourfold.common.compat_processes import PROCESSES
 from fourfold.common.compat_recipes import RECIPES
 from fourfold.common.compat_sampling import SAMPLING
 from fourfold.common.definitions import missing
@@ -31,7 +32,6 @@ _DRAFT_WORKER = "SGLang lets a registered algorithm choose its draft worker"
 _SCHEDULER = "vLLM lets a plugin choose the draft length"
 _RANKS = "vLLM's dynamic speculation works under data parallelism"
 _DRAFTER = "vLLM lets a plugin draft beside an MTP head"
-_CHUNKS = "vLLM leaves Python 3.11 and 3.12, whose data stack python/cpython issue 142183 is about"
 _LOADER = "the engine offers quantisation methods a loader without naming their class"
 
 
@@ -89,9 +89,6 @@ SEAMS: tuple[Seam, ...] = (
     vllm("model_executor.models.utils:get_draft_quant_config", "a draft's own quantisation", ("vllm_config",)),
     vllm("model_executor.models.utils:maybe_prefix", "names of a draft's layers"),
     vllm("model_executor.models:ModelRegistry", "registers the draft class"),
-    vllm("v1.engine.core:EngineCoreProc.run_busy_loop", "wrapped: room on Python's data stack", until=_CHUNKS),
-    vllm("v1.engine.core:DPEngineCoreProc.run_busy_loop", "wrapped: the same", until=_CHUNKS),
-    vllm("v1.executor.multiproc_executor:WorkerProc.worker_busy_loop", "wrapped: the same", until=_CHUNKS),
     vllm("v1.core.sched.async_scheduler:AsyncScheduler", "learns the draft length", until=_SCHEDULER),
     vllm("v1.core.sched.scheduler:Scheduler.dynamic_sd_lookup", "answers with it", until=_SCHEDULER),
     vllm("v1.core.sched.scheduler:Scheduler.schedule", "times a step", until=_SCHEDULER),
@@ -353,6 +350,7 @@ SEAMS: tuple[Seam, ...] = (
     *MODULES,
     *PARALLEL,
     *DEFERRED,
+    *PROCESSES,
     *SAMPLING,
 )
 

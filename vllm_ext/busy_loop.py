@@ -6,9 +6,11 @@ a boundary of the data stack depends on the model, on options such as ``--worker
 
 from __future__ import annotations
 
-import sys
+from functools import partial
+from typing import Any
 
 from fourfold.common.data_stack import roomy
+from fourfold.vllm_ext.when_imported import when_imported
 
 _LOOPS = {
     "vllm.v1.engine.core": ("EngineCoreProc.run_busy_loop", "DPEngineCoreProc.run_busy_loop"),
@@ -17,9 +19,13 @@ _LOOPS = {
 
 
 def widen() -> None:
-    """Wrap the loops of this process, called once; what it has not imported it does not run."""
+    """Wrap the loops of this process and of those it forks, called once."""
     for module, names in _LOOPS.items():
-        for name in names if module in sys.modules else ():
-            owner, _, method = name.partition(".")
-            kind = getattr(sys.modules[module], owner)
-            setattr(kind, method, roomy(vars(kind)[method]))
+        when_imported(module, partial(_wrap, names))
+
+
+def _wrap(names: tuple[str, ...], module: Any) -> None:
+    for name in names:
+        owner, _, method = name.partition(".")
+        kind = getattr(module, owner)
+        setattr(kind, method, roomy(vars(kind)[method]))

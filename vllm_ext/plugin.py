@@ -4,7 +4,7 @@
 - The draft model class ``FourfoldMTP`` and the config classes of draft directories; both are imported when used. On a
   CPU this patches two functions of speculative sampling (`cpu_sampling`) and the rejection sampler (`cpu_greedy`).
 - A collector of the counts of drafts by source, empty unless a worker counts them (`common.mtp.metrics`).
-- Patched: the busy loops of vLLM's engine and worker processes, which get room on Python's data stack (`busy_loop`).
+- Patched: the busy loops of vLLM's processes (`busy_loop`), and how drafts reach the engine (`draft_messages`).
 
 `register` is the entry point of ``vllm.general_plugins``: vLLM calls it in every process. It may be called again, never
 raises, and logs one line: that it registered; one more where a feature is off, what is missing and how to fix it.
@@ -36,8 +36,7 @@ def register() -> bool:
         log.warning(
             "fourfold: %s: off, vLLM goes on without: %s. `fourfold doctor` shows which vLLM versions fit; "
             "FOURFOLD_DISABLE=1 silences this",
-            ", ".join(failed),
-            "; ".join(dict.fromkeys(failed.values())),
+            *(", ".join(failed), "; ".join(dict.fromkeys(failed.values()))),
         )
     return not failed
 
@@ -64,16 +63,17 @@ def _mtp(log: logging.Logger) -> None:
 
 
 def _metrics(log: logging.Logger) -> None:
-    from fourfold.common.mtp.metrics import serve
+    from fourfold.common.mtp import metrics
 
-    serve()
+    metrics.serve()
 
 
-def _busy_loops(log: logging.Logger) -> None:
-    from fourfold.vllm_ext.busy_loop import widen
+def _processes(log: logging.Logger) -> None:
+    from fourfold.vllm_ext import busy_loop, draft_messages
 
-    widen()
+    busy_loop.widen()
+    draft_messages.attach()
 
 
 _FEATURES = {"--quantization fourfold_nvfp4": _quantisation, "MTP heads": _mtp, "counts of drafts by source": _metrics}
-_FEATURES["room on the data stack"] = _busy_loops
+_FEATURES["changes to vLLM's processes"] = _processes

@@ -30,6 +30,7 @@ ARGUMENTS = ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", 
 
 HYBRID = ["--worker-cls", "fourfold.vllm_ext.hybrid_worker.HybridWorker"]
 SKEWED, FOLDER = ["--worker-cls", "skewed_worker.SkewedWorker"], str(Path(__file__).parent)
+COUNTING = ["--worker-cls", "counting_worker.CountingWorker"]
 FIXED = ["--additional-config", json.dumps({"fourfold": {"mtp": {"hybrid": {"learn_head": False}}}})]
 MTP = ("source", "mtp")
 LIMIT = 8  # tokens that the second server drafts from text
@@ -180,15 +181,19 @@ def test_a_cancelled_stream_leaves_nothing_behind(server: EngineServer) -> None:
 
 def test_two_ranks(tmp_path: Path) -> None:
     """Ranks that time steps for themselves draft different numbers of tokens, and wait for each other."""
-    ranks, env = ["--tensor-parallel-size", "2"], {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    ranks, env = ["--tensor-parallel-size", "2"], {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": FOLDER}
     servers = {
-        "head": start(tmp_path / "head", *ranks, env=env),
-        "hybrid": start(tmp_path / "hybrid", *ranks, *SKEWED, env=env | {"PYTHONPATH": FOLDER}, k=LIMIT),
+        "head": start(tmp_path / "head", *ranks, *COUNTING, env=env | {"VLLM_SERVER_DEV_MODE": "1"}),
+        "hybrid": start(tmp_path / "hybrid", *ranks, *SKEWED, env=env, k=LIMIT),
     }
     with engine_checks.running(servers):
         before, text = counters(servers["head"]), prompt(ORDER[0])
         assert complete(servers["head"], text, 40)["token_ids"] == continuation(text[-1], 40)
-        assert counted(before, counters(servers["head"])) == expected_drafts(text, 40, K)
+        steps, accepted = counted(before, counters(servers["head"]))
+        assert (steps, accepted) == expected_drafts(text, 40, K)
+        asked = servers["head"].post("/collective_rpc", {"method": "messages"})["results"]
+        # The drafts came with the sampled tokens.
+        assert all(n["sample_tokens"] > steps and "take_draft_token_ids" not in n for n in asked) and len(asked) == 2
         texts = [(ORDER * 2)[40 * i : 40 * i + 40 + 10 * i] for i in range(4)]
         texts[0] += texts[0][:10]  # goes on as before for 30 tokens
         with ThreadPoolExecutor(4) as pool:

@@ -77,7 +77,7 @@ OFF = {
     "import vllm.model_executor.models as m; del m.ModelRegistry\n": (MTP, "cannot import name 'ModelRegistry'"),
     "import sys; sys.modules['vllm'] = None\n": (f"{NVFP4}, {MTP}", "is not a package"),
     "import os; os.environ['FOURFOLD_DISABLE'] = 'maybe'\n": (
-        f"{NVFP4}, {MTP}, counts of drafts by source, room on the data stack",
+        f"{NVFP4}, {MTP}, counts of drafts by source, changes to vLLM's processes",
         "expected 1 (off) or 0 (on)",
     ),
 }
