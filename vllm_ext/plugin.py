@@ -63,9 +63,9 @@ def _mtp(log: logging.Logger) -> None:
 
 
 def _metrics(log: logging.Logger) -> None:
-    from fourfold.common.mtp import metrics
+    from fourfold.common.mtp.metrics import serve
 
-    metrics.serve()
+    serve()
 
 
 def _processes(log: logging.Logger) -> None:
