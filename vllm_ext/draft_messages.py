@@ -26,7 +26,7 @@ def _wrap(module: Any) -> None:
     handle, sample, take = worker.handle_output, executor.sample_tokens, executor.take_draft_token_ids
 
     def handle_output(self: Any, output: Any) -> None:
-        takes = getattr(self.worker, take.__name__, None)
+        takes = getattr(self.worker, "take_draft_token_ids", None)
         if isinstance(output, module.ModelRunnerOutput) and not self.use_async_scheduling and takes is not None:
             output = copy.copy(output)  # vLLM's empty output is one object for all steps
             setattr(output, _KEY, takes())

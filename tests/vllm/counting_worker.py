@@ -24,9 +24,5 @@ class CountingWorker(Worker):
 
         WorkerProc._execute_worker_rpc = _execute_worker_rpc  # type: ignore[method-assign]
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        self.asked.clear()
-        super().load_model(*args, **kwargs)
-
     def messages(self) -> dict[str, int]:
         return dict(self.asked)
