@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 
 from fourfold.common.compat_deferred import DEFERRED
+from fourfold.common.compat_length import LENGTH
 from fourfold.common.compat_mla import MLA
 from fourfold.common.compat_modules import MODULES
 from fourfold.common.compat_parallel import PARALLEL
@@ -347,6 +348,7 @@ SEAMS: tuple[Seam, ...] = (
     sglang("layers.vocab_parallel_embedding:ParallelLMHead", "a draft's own output head"),
     *RECIPES,
     *MLA,
+    *LENGTH,
     *MODULES,
     *PARALLEL,
     *DEFERRED,

@@ -75,8 +75,7 @@ class HybridSettings(Strict):
     head_tokens: int = Field(default=3, ge=1, description="tokens that the MTP head drafts where the text does not")
     learn_head: bool = Field(
         default=True,
-        description="vLLM: the head drafts fewer tokens, or none, where that is faster; false: always head_tokens, as "
-        "SGLang does",
+        description="the head drafts fewer tokens, or none, where that is faster; false: always head_tokens",
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,18 +67,14 @@ class TextDrafts:
         if self._reports:
             metrics.enable()
 
-    def head_tokens(self, width: int) -> int:
-        """How many tokens the head drafts where a batch verifies ``width``."""
-        return min(self._settings.head_tokens, width) if self._settings.enabled else width
-
     def propose(self, batch: Any, width: int) -> dict[int, list[int]]:
         """The suffix drafts of at most ``width`` tokens, by row of ``batch``, which is about to be verified."""
-        if batch.forward_mode.is_idle():
-            return {}
-        drafts = self._suffixes(batch, width) if self._settings.enabled else {}
-        head = self.head_tokens(width)
-        self._steps.append(_Step([(r.rid, len(drafts.get(i, ())) or head) for i, r in enumerate(batch.reqs)]))
-        return drafts
+        return self._suffixes(batch, width) if self._settings.enabled and not batch.forward_mode.is_idle() else {}
+
+    def begin(self, batch: Any, drafts: Mapping[int, Sequence[int]], head: int) -> None:
+        """Take note of what ``batch`` verifies: ``drafts``, and ``head`` tokens of each other row."""
+        if not batch.forward_mode.is_idle():
+            self._steps.append(_Step([(r.rid, len(drafts.get(i, ())) or head) for i, r in enumerate(batch.reqs)]))
 
     def verifying(self, result: Any) -> None:
         """Take note of the output of the step launched last; its tokens may not be there yet."""

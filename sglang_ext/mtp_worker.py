@@ -1,31 +1,45 @@
 """The worker of ``FOURFOLD_MTP``: SGLang's EAGLE worker, whose drafts come from a request's text where it repeats.
 
-A batch verifies ``--speculative-num-steps`` drafted tokens of each request: its suffix draft where `HybridDrafts` has
-one, else the ``head_tokens`` of the MTP head. The rest of a row repeats the last token of the draft; verification
-treats every token as any other, so the output stays the target's, greedy and sampled. A batch whose every request has
-a suffix draft runs no step of the head; the head still reads all verified tokens, so that its KV cache is complete.
-Tensor-parallel ranks see the same text and so draft the same.
+A batch verifies ``--speculative-num-steps`` drafted tokens of each request where `HybridDrafts` has a suffix draft for
+any: its suffix draft, else those of the MTP head. Where it has none, a batch verifies as many as the head drafts, a
+length that `LearnedLength` learns, or all, where SGLang cannot change it. The rest of a row repeats the last token of
+the draft; verification treats every token as any other, so the output stays the target's, greedy and sampled. A batch
+whose every request has a suffix draft runs no step of the head; the head still reads all verified tokens, so that its
+KV cache is complete. Tensor-parallel ranks see the same text and so draft the same.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.speculative import eagle_worker_v2
+from sglang.srt.speculative.adaptive_runtime_state import AdaptiveController
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker, EAGLEWorkerV2
 
+from fourfold.common.log import get_logger
+from fourfold.common.settings import settings_from_env
+from fourfold.sglang_ext.mtp_length import LearnedLength, fixed_reason
 from fourfold.sglang_ext.mtp_texts import TextDrafts
+
+
+def _is_no_switch(record: logging.LogRecord) -> bool:
+    """SGLang writes a line at each change of length, which here may come with every step."""
+    return not record.getMessage().startswith("Switch adaptive runtime state")
 
 
 class MtpDraftWorker(EagleDraftWorker):
     """Fills the rows of a batch from both sources."""
 
-    texts: TextDrafts
+    drafts: Mapping[int, Sequence[int]] = {}  # of the texts, by row
+    head_tokens: int = 0
     skips: bool = False  # this step runs no head
 
     def draft(self, batch: Any, **kwargs: Any) -> Any:
-        drafts = self.texts.propose(batch, self.speculative_num_steps)
+        drafts = self.drafts
         # Data-parallel ranks take part in each other's collectives: none may leave the head out alone.
         self.skips = bool(drafts) and len(drafts) == len(batch.reqs) and not is_dp_attention_enabled()
         graphs = self.cuda_graph_runner
@@ -37,7 +51,7 @@ class MtpDraftWorker(EagleDraftWorker):
             self.skips, self.cuda_graph_runner = False, graphs
         if drafts:
             width = self.speculative_num_steps
-            rows = [draft + draft[-1:] * (width - len(draft)) for draft in drafts.values()]
+            rows = [[*draft, *draft[-1:] * (width - len(draft))] for draft in drafts.values()]
             tokens: torch.Tensor = verify_input.draft_token
             places = torch.tensor(list(drafts), device=tokens.device)
             tokens.view(-1, width + 1)[places, 1:] = torch.tensor(rows, dtype=tokens.dtype, device=tokens.device)
@@ -50,7 +64,7 @@ class MtpDraftWorker(EagleDraftWorker):
         if self.skips and not idle:
             tokens = forward_batch.spec_info.topk_index
         else:
-            tokens = self._chain(forward_batch, self.texts.head_tokens(width), idle)
+            tokens = self._chain(forward_batch, min(self.head_tokens, width), idle)
         if idle:
             return None, None, None, None
         # The tree of a chain, as SGLang describes it: parents of all but the last step, places of all.
@@ -75,15 +89,43 @@ class MtpDraftWorker(EagleDraftWorker):
 
 
 class MtpWorker(EAGLEWorkerV2):
-    """Hands its draft worker the verified text and reports what became of the drafts."""
+    """Plans each step's drafts, hands its draft worker the texts', and reports what became of them."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(server_args, *args, **kwargs)
+        settings = settings_from_env().mtp.hybrid
         self.texts = TextDrafts()
-        if self._draft_worker is not None:
-            # The constructor of EAGLEWorkerV2 names the class of its draft worker.
-            self._draft_worker.__class__ = MtpDraftWorker
-            self._draft_worker.texts = self.texts  # type: ignore[attr-defined]
+        self.longest = self.speculative_num_steps
+        self.most = min(settings.head_tokens, self.longest) if settings.enabled else self.longest
+        self.length: LearnedLength | None = None
+        if self._draft_worker is None:
+            return
+        # The constructor of EAGLEWorkerV2 names the class of its draft worker.
+        self._draft_worker.__class__ = MtpDraftWorker
+        reason = fixed_reason(server_args, self._draft_worker.draft_runner.model_config.hf_config)
+        if not settings.learn_head:
+            reason = "mtp.hybrid.learn_head is false"
+        if reason is None:
+            self.length = LearnedLength(self.longest, self.most)
+            self.adaptive_controller = AdaptiveController(self, self.length)
+            logging.getLogger(eagle_worker_v2.__name__).addFilter(_is_no_switch)
+        head = f"{self.most} ({reason})" if reason else f"up to {self.most}"
+        get_logger(__name__).info("fourfold: the MTP head drafts %s of at most %d tokens", head, self.longest)
+
+    def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            if self.length is not None:
+                self.length.prefill()
+        else:
+            self._plan(batch)
+        return super().forward_batch_generation(batch, *args, **kwargs)
+
+    def _plan(self, batch: Any) -> None:
+        drafts, head = self.texts.propose(batch, self.longest), self.most
+        if self.length is not None and batch.reqs:
+            head = self.length.plan(len(batch.reqs), drafts)
+        self.texts.begin(batch, drafts, head)
+        self._draft_worker.drafts, self._draft_worker.head_tokens = drafts, head  # type: ignore[attr-defined]
 
     def verify(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().verify(batch, *args, **kwargs)

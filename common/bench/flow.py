@@ -8,6 +8,7 @@ make drafts look better than they are. Tokens and drafts are counted by the serv
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from threading import Lock
 from fourfold.common.mtp.probe import Samples, read_metrics
 from fourfold.common.serving import EngineServer
 
-_TOKENS = "vllm:generation_tokens_total"
-_DRAFTS = "vllm:spec_decode_num_drafts_total"
-_ACCEPTED = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+_TOKENS = ("vllm:generation_tokens_total", "sglang:realtime_tokens_total")  # SGLang's, by what they are for
+_DRAFTS = ("vllm:spec_decode_num_drafts_total", "fourfold:spec_drafts_total")  # SGLang's EAGLE counts none
+_ACCEPTED = ("vllm:spec_decode_num_accepted_tokens_per_pos_total", "fourfold:spec_accepted_tokens_total")
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,14 @@ def run(server: EngineServer, prompts: Sequence[str], batch: int, tokens: int) -
         list(pool.map(worker, range(batch)))
     end, after = ended[0]
     new = {key: value - before.get(key, 0) for key, value in after.items()}
-    accepted = {int(dict(labels)["position"]): int(n) for (name, labels), n in new.items() if name == _ACCEPTED}
+    accepted: Counter[int] = Counter()
+    for (name, labels), count in new.items():
+        if name in _ACCEPTED:
+            accepted[int(dict(labels)["position"])] += int(count)
 
-    def total(wanted: str) -> int:
-        return int(sum(n for (name, _), n in new.items() if name == wanted))
+    def total(names: tuple[str, ...]) -> int:
+        modes = ("decode", None)
+        return int(sum(n for (name, labels), n in new.items() if name in names and dict(labels).get("mode") in modes))
 
     return Flow(end - start, total(_TOKENS), total(_DRAFTS), tuple(accepted[i] for i in sorted(accepted)))
 

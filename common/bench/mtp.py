@@ -1,8 +1,8 @@
 """``fourfold bench mtp``: decode speed of the real engine with drafts of an MTP head, in BF16 and in NVFP4.
 
-Every configuration is a server of vLLM started as a user starts it. As many as fit in memory run at the same time and
-take turns, always with the one that does not speculate among them: ratios are within a turn. Prompts are read into the
-prefix cache before the clock runs; `flow` keeps the batch full while it does.
+Every configuration is a server of this environment's engine, started as a user starts it. As many as fit in memory run
+at the same time and take turns, always with the one that does not speculate among them: ratios are within a turn.
+Prompts are read into the prefix cache before the clock runs; `flow` keeps the batch full while it does.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fourfold.common.bench import flow, machine
+from fourfold.common.bench.mtp_plan import Configuration, Plan
 from fourfold.common.bench.mtp_rows import (
     ADAPTIVE,
+    ENGINE,
     HYBRID,
     MIXED,
     NONE,
@@ -39,96 +41,15 @@ from fourfold.common.bench.turns import awake, started
 from fourfold.common.console import wide_console
 from fourfold.common.errors import FourfoldError
 from fourfold.common.serving import EngineServer, installed_engine
-from fourfold.common.settings import METHOD
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCHEDULER = "fourfold.vllm_ext.mtp_scheduler.AdaptiveScheduler"
-ADAPTIVE_WORKER = "fourfold.vllm_ext.adaptive_worker.AdaptiveWorker"
-WORKER = "fourfold.vllm_ext.hybrid_worker.HybridWorker"
-OFF = {"FOURFOLD_DISABLE": "1"}
-PROMPT_TOKENS = 400  # the longest prompt, with its template
 LEAST_MEMORY = 2 * 2**30  # bytes left with all servers started; they still grow, and Linux drops code it needs again
-BLOCK = 32  # tokens of a cached block; the default of CPUs, 128, would cache no prompt of a chat
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One server: whose weights, and what drafts."""
-
-    weights: str
-    name: str
-
-    @property
-    def label(self) -> str:
-        return f"{self.weights} {self.name}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure.
-
-    Attributes:
-        draft: directory that `fourfold mtp extract` wrote.
-        lengths: fixed draft lengths; the learned one goes up to the largest.
-        hybrid: longest draft from the text, and of the head where the text has none.
-        requests: answered in a turn beyond those in flight; None: as many as are in flight, 7 at least.
-    """
-
-    model: Path
-    draft: Path
-    batches: Sequence[int]
-    kinds: Sequence[str]
-    lengths: Sequence[int]
-    hybrid: tuple[int, int]
-    tokens: int
-    rounds: int
-    requests: int | None
-    eager: bool
-
-    def count(self, batch: int) -> int:
-        """Requests of a turn."""
-        return batch + (max(7, batch) if self.requests is None else self.requests)
-
-    def prompts(self) -> list[str]:
-        """All that the turns ask."""
-        used = max(self.rounds * self.count(batch) for batch in self.batches)
-        return [prompt for kind in self.kinds for prompt in PROMPTS[kind][:used]]
-
-    def arguments(self, configuration: Configuration) -> list[str]:
-        """vLLM's, as on its command line."""
-        longest, slots = PROMPT_TOKENS + self.tokens + max(*self.hybrid, *self.lengths) + 1, max(self.batches)
-        args = ["--dtype", "bfloat16", "--max-model-len", str(longest), "--max-num-seqs", str(slots)]
-        args += ["--max-num-batched-tokens", "1024", "--enable-prefix-caching", "--block-size", str(BLOCK)]
-        if self.eager:
-            args.append("--enforce-eager")
-        if target_of(configuration.weights) == "nvfp4":
-            args += ["--quantization", METHOD]
-        name = configuration.name
-        if name in (NONE, STOCK):
-            return args
-        speculative: dict[str, Any] = {"method": "mtp", "model": str(self.draft), "use_local_argmax_reduction": True}
-        # Else vLLM reads the last cached block of each prompt again, which a chat's prompts have one of.
-        speculative["disable_eagle_block_drop"] = True
-        if configuration.weights == "nvfp4":  # a draft directory does not inherit the target's
-            speculative["quantization"] = METHOD
-        if name == HYBRID:
-            text, head = self.hybrid
-            speculative["num_speculative_tokens"] = max(self.hybrid)
-            options = {"fourfold": {"mtp": {"hybrid": {"max_draft": text, "head_tokens": head}}}}
-            args += ["--worker-cls", WORKER, "--no-async-scheduling", "--additional-config", json.dumps(options)]
-        elif name == ADAPTIVE:
-            speculative["num_speculative_tokens"] = k = max(self.lengths)
-            speculative["num_speculative_tokens_per_batch_size"] = [[1, slots, k]]
-            args += ["--scheduler-cls", SCHEDULER, "--worker-cls", ADAPTIVE_WORKER]
-        else:
-            speculative["num_speculative_tokens"] = int(name.removeprefix("k="))
-        return [*args, "--speculative-config", json.dumps(speculative)]
 
 
 def configurations(
-    weights: Sequence[str], lengths: Sequence[int], only: Sequence[str], stock: bool = False
+    weights: Sequence[str], lengths: Sequence[int], only: Sequence[str], stock: bool = False, engine: str = "vllm"
 ) -> list[Configuration]:
     """What ``only`` (regular expressions of labels) leaves of all configurations, and no speculation for each target.
 
@@ -138,15 +59,15 @@ def configurations(
     Raises:
         FourfoldError: nothing is left to compare, or not with ``stock``.
     """
-    found = []
+    found, learned = [], [ENGINE] * (engine == "sglang") + [ADAPTIVE, HYBRID]
     for kind in weights:
-        names = [fixed(k) for k in lengths] + ([] if kind == MIXED else [ADAPTIVE, HYBRID])
+        names = [fixed(k) for k in lengths] + ([] if kind == MIXED else learned)
         chosen = [Configuration(kind, name) for name in names]
         found += [c for c in chosen if not only or any(re.search(pattern, c.label) for pattern in only)]
     if not found:
         raise FourfoldError(
             f"--only {' '.join(only)}: no configuration has such a label; they are a --weights and k=1, ..., "
-            f"{ADAPTIVE} or {HYBRID}, as in 'nvfp4 k=2'"
+            f"{', '.join(learned[:-1])} or {HYBRID}, as in 'nvfp4 k=2'"
         )
     bases = [Configuration(target, NONE) for target in dict.fromkeys(target_of(c.weights) for c in found)]
     if stock and Configuration("bf16", NONE) not in bases:
@@ -197,8 +118,8 @@ def measure(
                         yield Turn(weights, name, kind, batch, first + turn, result)
 
 
-def draft_directory(head: Path, scratch: Path) -> Path:
-    """``head`` where it is a draft directory, else one of it below ``scratch``."""
+def draft_directory(head: Path, scratch: Path, engine: str = "vllm") -> Path:
+    """``head`` where it is a draft directory, else one of it for ``engine`` below ``scratch``."""
     from fourfold.common.mtp.extract import extract
     from fourfold.common.mtp.head import KEY
 
@@ -207,7 +128,7 @@ def draft_directory(head: Path, scratch: Path) -> Path:
             return head.resolve()
     except (OSError, ValueError) as error:
         raise FourfoldError(f"--head {head}: expected the directory of a model with an MTP head: {error}") from None
-    extract(head, scratch / "draft", "vllm")
+    extract(head, scratch / "draft", engine)
     return scratch / "draft"
 
 
@@ -243,11 +164,11 @@ def mtp(
     ] = None,
     alive: Annotated[int, typer.Option(help="Servers in memory at once, 2 to 3 GiB each for smollm2.")] = 5,
     stock: Annotated[bool, typer.Option(help="Also vLLM in BF16 without fourfold, which does not speculate.")] = False,
-    eager: Annotated[bool, typer.Option(help="Run without compilation.")] = False,
+    eager: Annotated[bool, typer.Option(help="Run vLLM without compilation.")] = False,
     logs: Annotated[Path | None, typer.Option(help="Folder for the servers' logs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Decode speed and acceptance with an MTP head in vLLM: none, fixed, learned and hybrid drafts, in turns."""
+    """Decode speed and acceptance with an MTP head: none, fixed, learned and hybrid drafts, in turns."""
     from rich.console import Console
 
     from fourfold.common.demo.model import SMOLLM2_HEAD, resolve
@@ -263,22 +184,27 @@ def mtp(
             raise FourfoldError(f"{option} {value}: expected 1 or more")
     if alive < 2:
         raise FourfoldError(f"--alive {alive}: expected 2 or more, since one of the servers does not speculate")
-    chosen = configurations(given, lengths, only or [], stock)
     name, version = installed_engine()
-    if name != "vllm":
-        raise FourfoldError("bench mtp measures vLLM, and this is SGLang's environment; run it in vLLM's")
+    if name == "sglang" and (stock or eager):
+        raise FourfoldError(
+            f"--{'stock' if stock else 'eager'} is for vLLM: on a CPU SGLang needs fourfold's platform, and compiles "
+            "nothing; leave it out"
+        )
+    chosen = configurations(given, lengths, only or [], stock, name)
     path = resolve(model)
     chosen_head = head or (SMOLLM2_HEAD if model == "smollm2" else path)
     folder = logs or Path(tempfile.mkdtemp(prefix="fourfold-bench-"))
     console, turns, early = Console(stderr=True), [], False
     with tempfile.TemporaryDirectory(prefix="fourfold-draft-") as scratch, console.status("starting") as status:
-        draft = draft_directory(chosen_head, Path(scratch))
-        plan = Plan(path, draft, batches, kinds, lengths, (text_tokens, head_tokens), tokens, rounds, requests, eager)
+        draft = draft_directory(chosen_head, Path(scratch), name)
+        plan = Plan(
+            name, path, draft, batches, kinds, lengths, (text_tokens, head_tokens), tokens, rounds, requests, eager
+        )
         try:
             for i, group in enumerate(groups(chosen, alive)):
                 logs_of = {c: folder / f"{i} {c.label}.log".replace(" ", "-") for c in group}
                 servers = {
-                    c: EngineServer("vllm", str(path), log, plan.arguments(c), OFF if c.name == STOCK else {})
+                    c: EngineServer(name, str(path), log, plan.arguments(c), plan.environment(c))
                     for c, log in logs_of.items()
                 }
                 for turn in measure(plan, servers, i * rounds, status.update):

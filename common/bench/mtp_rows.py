@@ -9,10 +9,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from fourfold.common.bench.flow import Flow
 
 NONE, ADAPTIVE, HYBRID = "none", "adaptive", "hybrid"
+ENGINE = "engine-adaptive"  # the engine's own learned length, which SGLang has
 STOCK = "stock"  # no speculation and no fourfold
 MIXED = "nvfp4+bf16-head"  # quantised target, unquantised head
 WEIGHTS = ("bf16", "nvfp4", MIXED)
@@ -84,7 +86,7 @@ def rows(turns: Sequence[Turn]) -> list[Row]:
         speeds = [t.flow.speed for t in own]
         ratios = [t.flow.speed / base[t.turn, kind, batch, target_of(weights)] for t in own]
         drafts = sum(t.flow.drafts for t in own)
-        accepted = [sum(at) for at in zip(*(t.flow.accepted for t in own), strict=True)]
+        accepted = [sum(at) for at in zip_longest(*(t.flow.accepted for t in own), fillvalue=0)]
         out.append(
             Row(
                 weights,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from typer.testing import CliRunner
 
 from fourfold.common.bench import machine, mtp
 from fourfold.common.bench.flow import Flow
-from fourfold.common.bench.mtp import Configuration, Plan, configurations, draft_directory, groups
-from fourfold.common.bench.mtp_rows import ADAPTIVE, HYBRID, MIXED, NONE, Turn, derive, fixed, rows
+from fourfold.common.bench.mtp import configurations, draft_directory, groups
+from fourfold.common.bench.mtp_plan import Configuration, Plan
+from fourfold.common.bench.mtp_rows import ADAPTIVE, ENGINE, HYBRID, MIXED, NONE, Turn, derive, fixed, rows
 from fourfold.common.bench.prompts import PROMPTS
 from fourfold.common.cli import app
 from fourfold.common.demo.model import SMOLLM2_HEAD
@@ -21,7 +23,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp import prompts as probe
 from fourfold.common.settings import METHOD, parse_settings
 
-PLAN = Plan(Path("model"), Path("draft"), [1, 8], ["chat"], [1, 3], (8, 2), 64, 1, None, eager=True)
+PLAN = Plan("vllm", Path("model"), Path("draft"), [1, 8], ["chat"], [1, 3], (8, 2), 64, 1, None, eager=True)
 
 
 def turn(
@@ -54,7 +56,8 @@ def test_configurations_always_have_their_base() -> None:
 def test_stock_is_vllm_without_fourfold() -> None:
     found = configurations(["bf16", "nvfp4"], [1], [], stock=True)
     assert [c.label for c in found[:3]] == ["bf16 none", "nvfp4 none", "bf16 stock"]
-    assert PLAN.arguments(found[2]) == PLAN.arguments(found[0])
+    assert PLAN.arguments(found[2]) == PLAN.arguments(found[0]) and PLAN.environment(found[0]) == {}
+    assert PLAN.environment(found[2]) == {"FOURFOLD_DISABLE": "1"}
     turned = configurations(["nvfp4", "bf16"], [1], [], stock=True)
     assert {c.label for c in turned} == {c.label for c in found}
     with pytest.raises(FourfoldError, match="--stock: vLLM without fourfold serves BF16"):
@@ -93,6 +96,32 @@ def test_flags_of_each_configuration() -> None:
     args = PLAN.arguments(Configuration("nvfp4", HYBRID))
     settings = parse_settings(json.loads(args[args.index("--additional-config") + 1])["fourfold"], "test")
     assert (settings.mtp.hybrid.max_draft, settings.mtp.hybrid.head_tokens) == (8, 2)
+
+
+def test_flags_of_sglang(tmp_path: Path) -> None:
+    """Fixed lengths and SGLang's own learned one are EAGLE, what fourfold learns or finds in texts is its algorithm."""
+    plan = replace(PLAN, engine="sglang", draft=tmp_path)
+    names = [c.name for c in configurations(["bf16"], [1, 3], [], engine="sglang")]
+    assert names == [NONE, "k=1", "k=3", ENGINE, ADAPTIVE, HYBRID]
+    plain = plan.arguments(Configuration("nvfp4", NONE))
+    assert plain[-2:] == ["--quantization", METHOD] and "--speculative-algorithm" not in plain
+    found = {name: plan.arguments(Configuration("nvfp4", name)) for name in names[1:]}
+    for name, args in found.items():
+        flags = dict(zip(args, args[1:], strict=False))
+        assert flags["--speculative-algorithm"] == ("FOURFOLD_MTP" if name in (ADAPTIVE, HYBRID) else "EAGLE")
+        assert flags["--speculative-draft-model-quantization"] == METHOD
+        steps = {"k=1": "1", "k=3": "3", ADAPTIVE: "3", HYBRID: "8", ENGINE: None}[name]
+        assert flags.get("--speculative-num-steps") == steps
+        assert ("--speculative-adaptive" in args) == (name == ENGINE) and "--speculative-token-map" not in args
+    (tmp_path / "vocabulary.pt").touch()
+    assert "--speculative-token-map" in plan.arguments(Configuration("bf16", "k=1"))
+    settings = {
+        name: parse_settings(json.loads(plan.environment(Configuration("bf16", name))["FOURFOLD_CONFIG"]), "test")
+        for name in (ADAPTIVE, HYBRID)
+    }
+    assert (settings[ADAPTIVE].mtp.hybrid.enabled, settings[ADAPTIVE].mtp.hybrid.learn_head) == (False, True)
+    assert (settings[HYBRID].mtp.hybrid.max_draft, settings[HYBRID].mtp.hybrid.head_tokens) == (8, 2)
+    assert plan.environment(Configuration("bf16", "k=1")) == {}
 
 
 def test_ratios_are_within_a_turn() -> None:

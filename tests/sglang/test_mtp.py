@@ -2,8 +2,8 @@
 
 Five servers start at once: an oracle whose head is exchanged while it serves, an oracle with an NVFP4 head, two layers
 of a real model, whose attention has to be right over several verified tokens, an oracle on two ranks, and one with
-DeepSeek-V3's MLA attention and experts. The first and the third draft with ``FOURFOLD_MTP`` from text and head, the
-second with the head alone, the last two are ``EAGLE``.
+DeepSeek-V3's MLA attention and experts. The first, the third and the fourth draft with ``FOURFOLD_MTP`` from text and
+head, the second with the head alone, the last is ``EAGLE``. The third and the fourth learn how much the head drafts.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ from fourfold.common.serving import EngineServer, free_port
 from fourfold.common.settings import HybridSettings
 
 K, WIDTH, SCALE = 3, 6, 0.4  # K tokens drafted by the head, WIDTH verified
+LONG = 200  # tokens of an answer in which something is learned; the oracle's text repeats itself after 256
 HEADS = {"right": frozenset(), "swapped": frozenset(range(oracle.SIZE)), "bad": oracle.BAD, "embedding": frozenset()}
 FLAGS = ["--speculative-algorithm", "FOURFOLD_MTP", "--speculative-num-steps"]
 EAGLE = ["--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens"]
 EAGLE += [str(K + 1), "--speculative-num-steps"]
-HEAD_ALONE = json.dumps({"mtp": {"hybrid": {"enabled": False}}})
+FIXED = {"mtp": {"hybrid": {"learn_head": False}}}
+HEAD_ALONE = {"mtp": {"hybrid": {"enabled": False, "learn_head": False}}}
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +92,16 @@ def servers(
         "oracle": (models["right"].parent / "target", models["right"], [*FLAGS, str(WIDTH), "--enable-metrics"]),
         "nvfp4": (target, path / "nvfp4", [*FLAGS, str(K), *quantised]),
         "echo": (echo, echo, [*FLAGS, str(WIDTH), "--dtype", "float32", "--constrained-json-disable-any-whitespace"]),
-        "ranks": (target, whole, [*EAGLE, str(K), "--tp-size", "2"]),
+        "ranks": (
+            models["right"].parent / "target",
+            models["right"],
+            [*FLAGS, str(WIDTH), "--tp-size", "2", "--enable-metrics"],
+        ),
         # As a checkpoint of DeepSeek-V3 is: target and head in one directory.
         "mla": (mla_models["right"], mla_models["right"], [*EAGLE, str(K), "--dtype", "float32"]),
     }
-    environments = {"nvfp4": {"FOURFOLD_CONFIG": HEAD_ALONE}, "ranks": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
+    environments = {name: {"FOURFOLD_CONFIG": json.dumps(c)} for name, c in (("oracle", FIXED), ("nvfp4", HEAD_ALONE))}
+    environments["ranks"] = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     running = {}
     for name, (model, with_head, more) in plans.items():
         draft = path / f"{name}-draft"
@@ -203,8 +210,29 @@ def test_text_and_head_draft_together(servers: dict[str, EngineServer], models: 
     assert (expected["mtp"].accepted == 0) == (kind == "swapped")
 
 
-def test_two_ranks(servers: dict[str, EngineServer]) -> None:
-    check_oracle(servers["ranks"], frozenset())
+@pytest.mark.parametrize("kind", ["right", "swapped"])
+def test_two_ranks_learn_the_length_of_the_head(
+    servers: dict[str, EngineServer], models: dict[str, Path], kind: str
+) -> None:
+    """Each has its own clock; ranks that chose different lengths would wait for each other for ever."""
+    server = servers["ranks"]
+    exchange(server, models[kind])
+    generate(server, [oracle.prompt(60), oracle.prompt(150)], LONG)  # it forgets the head before
+    generate(server, [oracle.prompt(90)], LONG)
+    before = counted(server)
+    prompts = [oracle.prompt(3), oracle.prompt(17, 9), repetitive(99, 20, 4), oracle.prompt(40, 5), oracle.prompt(200)]
+    answers = generate(server, prompts[:1], LONG) + generate(server, prompts[1:], LONG)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer["output_ids"] == oracle.continuation(prompt[-1], LONG)
+    after = counted(server)
+    _, drafted, by_position = difference(after["mtp"], before["mtp"])
+    steps = sum(answer["meta_info"]["spec_verify_ct"] for answer in answers)
+    print(f"{drafted} tokens drafted by the head in {steps} steps, {by_position} accepted")
+    assert difference(after["suffix"], before["suffix"])[0] > 0
+    if kind == "right":
+        assert sum(by_position) > 0.95 * drafted and drafted > 0.9 * steps
+    else:
+        assert sum(by_position) == 0 and drafted < 1.5 * steps
 
 
 @pytest.mark.parametrize(("kind", "status"), [("right", 0), ("swapped", 1)])
