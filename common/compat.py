@@ -26,6 +26,8 @@ _CREATE = (
     *("params_dtype", "extra_weight_attrs"),
 )
 _ATTENTION = ("q", "k", "v", "layer", "forward_batch")
+_CACHE = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens")
+_BATCHES = "SGLang's PyTorch attention takes a batch at once"
 _EAGLE_CPU = "SGLang speculates on out-of-tree platforms without Triton"
 _ALGORITHM = "SGLang's class for registered algorithms has it"
 _RUNNER = "v1.worker.gpu_model_runner:GPUModelRunner"
@@ -236,6 +238,15 @@ SEAMS: tuple[Seam, ...] = (
     ),
     sglang("mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup", "that kernel's start", until=_EAGLE_CPU),
     sglang("layers.attention.attention_registry:register_attention_backend", "attention that verifies", ("name",)),
+    *(
+        sglang(f"layers.attention.torch_native_backend:TorchNativeAttnBackend.{name}", why, parameters, _BATCHES)
+        for name, why, parameters in (
+            ("_run_sdpa_forward_extend", "a batch at once", (*_CACHE, "extend_prefix_lens", "extend_seq_lens")),
+            ("_run_sdpa_forward_decode", "a batch at once", _CACHE),
+            ("use_sliding_window_kv_pool", "not then", ()),
+            ("init_forward_metadata", "a step begins", ("forward_batch",)),
+        )
+    ),
     sglang("layers.attention.torch_native_backend:TorchNativeAttnBackend.forward_extend", "the same", _ATTENTION),
     sglang("layers.attention.torch_native_backend:TorchNativeAttnBackend.forward_decode", "the same", _ATTENTION),
     sglang("model_executor.forward_batch_info:ForwardBatch.extend_prefix_lens", "verifies as an extension"),

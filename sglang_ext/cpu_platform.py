@@ -39,10 +39,17 @@ class FourfoldCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "torch_native"
 
     def init_backend(self) -> None:
-        """Let MLA attention run absorbed: without a handler SGLang takes that of its Triton kernels."""
+        """Let attention take a batch at once, and that of MLA run absorbed, for which Triton's would be asked else."""
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
         from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
         from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
+        def create(runner: Any) -> Any:
+            from fourfold.sglang_ext.cpu_attention import BatchAttention
+
+            return BatchAttention(runner)
+
+        register_attention_backend("torch_native")(create)
         AttentionBackendRegistry.register("torch_native", lambda attention, forward_batch: AttnForwardMethod.MLA)
 
     def apply_server_args_defaults(self, server_args: Any) -> None:

@@ -11,7 +11,7 @@ KV cache is complete. Tensor-parallel ranks see the same text and so draft the s
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def _is_no_switch(record: logging.LogRecord) -> bool:
 class MtpDraftWorker(EagleDraftWorker):
     """Fills the rows of a batch from both sources."""
 
-    drafts: Mapping[int, Sequence[int]] = {}  # of the texts, by row
+    drafts: Mapping[int, list[int]] = {}  # of the texts, by row
     head_tokens: int = 0
     skips: bool = False  # this step runs no head
 
@@ -51,7 +51,7 @@ class MtpDraftWorker(EagleDraftWorker):
             self.skips, self.cuda_graph_runner = False, graphs
         if drafts:
             width = self.speculative_num_steps
-            rows = [[*draft, *draft[-1:] * (width - len(draft))] for draft in drafts.values()]
+            rows = [draft + draft[-1:] * (width - len(draft)) for draft in drafts.values()]
             tokens: torch.Tensor = verify_input.draft_token
             places = torch.tensor(list(drafts), device=tokens.device)
             tokens.view(-1, width + 1)[places, 1:] = torch.tensor(rows, dtype=tokens.dtype, device=tokens.device)

@@ -15,7 +15,6 @@ from sglang.srt.distributed import parallel_state
 from sglang.srt.layers import dp_attention
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.sampler import top_p_normalize_probs_torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor import forward_batch_info
@@ -24,26 +23,38 @@ from sglang.srt.speculative import eagle_utils
 from torch import Tensor
 
 from fourfold.common.mtp.verify import verify_greedy, verify_tokens
+from fourfold.sglang_ext.cpu_attention import BatchAttention
 from fourfold.sglang_ext.hooks import install
 
 
-class ChainAttention(TorchNativeAttnBackend):
+class ChainAttention(BatchAttention):
     """SGLang's PyTorch attention, which also verifies a chain, or is the ``step``-th decode step of a draft."""
 
     def __init__(self, runner: Any, step: int | None = None) -> None:
         super().__init__(runner)
         self.step = step
+        self._whole: tuple[Any, Any] = (None, None)
 
     def forward_extend(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *args: Any, **kw: Any):
-        forward_batch = copy.copy(forward_batch)
-        if forward_batch.forward_mode.is_target_verify():
-            # Such a batch has the committed lengths and none of an extension.
-            committed, drafted = forward_batch.seq_lens, forward_batch.spec_info.draft_token_num
-            forward_batch.extend_prefix_lens = committed
-            forward_batch.extend_seq_lens = torch.full_like(committed, drafted)
-        # Not so for the requests that pad a batch to the length of another data-parallel rank's.
-        forward_batch.seq_lens = forward_batch.extend_prefix_lens + forward_batch.extend_seq_lens
-        return super().forward_extend(q, k, v, layer, forward_batch, *args, **kw)
+        return super().forward_extend(q, k, v, layer, self._extension(forward_batch), *args, **kw)
+
+    def _extension(self, forward_batch: Any) -> Any:
+        """A copy that has all lengths of an extension, the same for each layer of a step."""
+        if self._whole[0] is not forward_batch:
+            whole = copy.copy(forward_batch)
+            if whole.forward_mode.is_target_verify():
+                # Such a batch has the committed lengths and none of an extension.
+                committed, drafted = whole.seq_lens, whole.spec_info.draft_token_num
+                whole.extend_prefix_lens = committed
+                whole.extend_seq_lens = torch.full_like(committed, drafted)
+            # Not so for the requests that pad a batch to the length of another data-parallel rank's.
+            whole.seq_lens = whole.extend_prefix_lens + whole.extend_seq_lens
+            self._whole = forward_batch, whole
+        return self._whole[1]
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        super().init_forward_metadata(forward_batch)
+        self._whole = None, None
 
     def forward_decode(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *args: Any, **kw: Any):
         if self.step is not None:
