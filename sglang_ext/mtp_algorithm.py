@@ -1,9 +1,10 @@
 """``--speculative-algorithm FOURFOLD_MTP``: SGLang's EAGLE with drafts from a request's text where it repeats.
 
-To SGLang it is EAGLE in all but the name, so what SGLang ties to that name is not there: adaptive draft lengths,
-rejection sampling and block verification of drafts, LoRA, watermarks, pipeline parallelism, unified memory, the radix
-cache of a decode server, NVFP4 KV caches of SM100, and multi-layer EAGLE, which drafts with several modules of a head.
-SGLang refuses or drops them itself; rejection sampling and multi-layer EAGLE are refused here.
+To SGLang it is EAGLE in all but the name, so what SGLang ties to that name is not there: ``--speculative-adaptive``,
+in whose place `mtp_length` learns, rejection sampling and block verification of drafts, LoRA, watermarks, pipeline
+parallelism, unified memory, the radix cache of a decode server, NVFP4 KV caches of SM100, and multi-layer EAGLE, which
+drafts with several modules of a head. SGLang refuses or drops them itself; rejection sampling and multi-layer EAGLE are
+refused here.
 """
 
 from __future__ import annotations

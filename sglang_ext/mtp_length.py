@@ -1,16 +1,16 @@
 """How many tokens the head of ``FOURFOLD_MTP`` drafts: learned, none among them, beside those of the texts.
 
 SGLang prepares one set of attention backends and CUDA graphs for each length that its ``AdaptiveController`` may set;
-here these are the lengths of the head, 0 to ``head_tokens``, and that of a text's draft. A step without a draft from a
-text verifies what `DraftLength` chose for its batch size; one with such a draft verifies the longest, as the rows of a
-batch are equally long. Only the former tell what a length costs.
+here these are the lengths of the head, 0 to ``head_tokens``, and for texts the powers of two above, up to
+``--speculative-num-steps``. A step without a draft from a text verifies what `DraftLength` chose for its batch size; in
+one with such drafts, where all rows are as long as the longest, `TextWidth` chooses.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from fourfold.common.mtp.draft_length import DraftLength, Policy
+from fourfold.common.mtp.text_width import TextWidth
 
 _PENDING = 8  # more steps than any scheduler launches ahead
 
@@ -36,16 +37,17 @@ def slowest_rank(seconds: float) -> float:
 
 @dataclass(frozen=True)
 class _Step:
-    """A verification: ``head`` tokens drafted for each of ``requests`` but those in ``texts``, which are rows."""
+    """A verification of ``width`` tokens of each request: ``texts`` of those rows, ``head`` of the others."""
 
     requests: int
+    width: int
     head: int
-    texts: frozenset[int]
-    steady: bool  # nothing but decode steps before
+    texts: Mapping[int, int]
+    steady: bool  # it decodes, as the one before
 
 
 class LearnedLength:
-    """SGLang's ``AdaptiveSpecPolicy``, told before each step whether texts draft.
+    """SGLang's ``AdaptiveSpecPolicy``, told before each step what texts draft.
 
     Args:
         longest: tokens of the longest draft, from a text or the head.
@@ -54,10 +56,12 @@ class LearnedLength:
     """
 
     def __init__(self, longest: int, most: int, agree: Callable[[float], float] = slowest_rank) -> None:
-        self.candidate_steps = sorted({*range(most + 1), longest})
-        self._longest, self._width = longest, longest
-        self._head, self._agree = most, agree
+        self._most, self._agree = most, agree
+        self._head, self._width = most, longest
         self._length = DraftLength(Policy(most))
+        widths = [w for w in (1 << i for i in range(longest.bit_length())) if most < w < longest]
+        self._texts = TextWidth(self._length, [*widths, longest])
+        self.candidate_steps = sorted({*range(most + 1), *widths, longest})
         self._steps: deque[_Step] = deque(maxlen=_PENDING)
         self._decodes = False  # the last step did
         self._graphs: list[int] | None = None
@@ -67,17 +71,24 @@ class LearnedLength:
         """Take note of a step that reads prompts."""
         self._decodes = False
 
-    def plan(self, requests: int, texts: Collection[int]) -> int:
-        """Choose the length of a step, in which texts draft for the rows ``texts``; returns the head's tokens."""
-        if not texts:
-            self._head = self._width = self._length.choose(requests)
-        else:
-            self._width = self._longest
+    def plan(self, requests: int, texts: Mapping[int, int]) -> tuple[int, int]:
+        """Choose what a step verifies; ``texts`` has the length of the texts' drafts by row.
+
+        Returns:
+            Tokens that the head drafts for rows without another draft, and those verified of a text's; of these none
+            where the head's are worth more.
+        """
         # The first token is there anyway: the head reads each verified token at once.
-        head = max(self._head, 1) if texts else self._head
-        self._steps.append(_Step(requests, head, frozenset(texts), self._decodes))
+        head = max(self._head, 1)
+        width = self._texts.choose(requests, list(texts.values()), head) if texts else None
+        if width is None:
+            texts = {}
+            head = self._head = width = self._length.choose(requests)
+        self._width = width
+        texts = {row: min(length, width) for row, length in texts.items()}
+        self._steps.append(_Step(requests, width, head, texts, self._decodes))
         self._decodes = True
-        return head
+        return head, width if texts else 0
 
     def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None:
         self._graphs = cuda_graph_bs
@@ -98,14 +109,20 @@ class LearnedLength:
         if step is None or step.requests != len(num_correct_drafts_per_req):
             self._steps.clear()
             return
-        # What fills a row may have been right as well.
-        head = [
-            (step.head, min(good, step.head))
-            for row, good in enumerate(num_correct_drafts_per_req)
-            if row not in step.texts
-        ]
-        seconds = self._agree(now - since) if step.steady and not step.texts else None
-        self._length.observe(step.requests, step.head, head, seconds)
+        head: list[tuple[int, int]] = []
+        for row, good in enumerate(num_correct_drafts_per_req):  # what fills a row may have been right as well
+            if drafted := step.texts.get(row):
+                self._texts.observe(drafted, min(good, drafted))
+            else:
+                head.append((step.head, min(good, step.head)))
+        seconds = self._agree(now - since) if step.steady else None
+        if not step.texts:
+            self._length.observe(step.requests, step.head, head, seconds)
+            return
+        # The head may not have run: that is no time of a length that it drafts.
+        self._length.observe(step.requests, step.head, head)
+        if seconds is not None:
+            self._texts.timed(step.requests, step.width, seconds)
 
 
 def fixed_reason(server_args: Any, draft_config: Any) -> str | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,11 @@ class TextDrafts:
     def propose(self, batch: Any, width: int) -> dict[int, list[int]]:
         """The suffix drafts of at most ``width`` tokens, by row of ``batch``, which is about to be verified."""
         return self._suffixes(batch, width) if self._settings.enabled and not batch.forward_mode.is_idle() else {}
+
+    def withdraw(self, batch: Any, rows: Iterable[int]) -> None:
+        """The suffix drafts of ``rows`` are not verified: their next draft is the head's."""
+        for row in rows:
+            self._drafts.propose(batch.reqs[row].rid, 0)
 
     def begin(self, batch: Any, drafts: Mapping[int, Sequence[int]], head: int) -> None:
         """Take note of what ``batch`` verifies: ``drafts``, and ``head`` tokens of each other row."""

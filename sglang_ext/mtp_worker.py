@@ -1,11 +1,10 @@
 """The worker of ``FOURFOLD_MTP``: SGLang's EAGLE worker, whose drafts come from a request's text where it repeats.
 
-A batch verifies ``--speculative-num-steps`` drafted tokens of each request where `HybridDrafts` has a suffix draft for
-any: its suffix draft, else those of the MTP head. Where it has none, a batch verifies as many as the head drafts, a
-length that `LearnedLength` learns, or all, where SGLang cannot change it. The rest of a row repeats the last token of
-the draft; verification treats every token as any other, so the output stays the target's, greedy and sampled. A batch
-whose every request has a suffix draft runs no step of the head; the head still reads all verified tokens, so that its
-KV cache is complete. Tensor-parallel ranks see the same text and so draft the same.
+A batch verifies as many tokens of each request as `LearnedLength` chooses, ``--speculative-num-steps`` where SGLang
+cannot change that: its suffix draft where `HybridDrafts` has one, else those of the MTP head. The rest of a row repeats
+the last token of the draft; verification treats every token as any other, so the output stays the target's, greedy and
+sampled. A batch whose every request has a suffix draft runs no step of the head; the head still reads all verified
+tokens, so that its KV cache is complete. Tensor-parallel ranks see the same text and so draft the same.
 """
 
 from __future__ import annotations
@@ -123,7 +122,10 @@ class MtpWorker(EAGLEWorkerV2):
     def _plan(self, batch: Any) -> None:
         drafts, head = self.texts.propose(batch, self.longest), self.most
         if self.length is not None and batch.reqs:
-            head = self.length.plan(len(batch.reqs), drafts)
+            head, width = self.length.plan(len(batch.reqs), {row: len(draft) for row, draft in drafts.items()})
+            if not width:
+                self.texts.withdraw(batch, drafts)
+            drafts = {row: draft[:width] for row, draft in drafts.items() if width}
         self.texts.begin(batch, drafts, head)
         self._draft_worker.drafts, self._draft_worker.head_tokens = drafts, head  # type: ignore[attr-defined]
 

@@ -228,11 +228,11 @@ def test_two_ranks_learn_the_length_of_the_head(
     _, drafted, by_position = difference(after["mtp"], before["mtp"])
     steps = sum(answer["meta_info"]["spec_verify_ct"] for answer in answers)
     print(f"{drafted} tokens drafted by the head in {steps} steps, {by_position} accepted")
-    assert difference(after["suffix"], before["suffix"])[0] > 0
     if kind == "right":
         assert sum(by_position) > 0.95 * drafted and drafted > 0.9 * steps
     else:
         assert sum(by_position) == 0 and drafted < 1.5 * steps
+        assert difference(after["suffix"], before["suffix"])[0] > 0
 
 
 @pytest.mark.parametrize(("kind", "status"), [("right", 0), ("swapped", 1)])

@@ -7,7 +7,7 @@ import pytest
 from fourfold.sglang_ext import mtp_length
 from fourfold.sglang_ext.mtp_length import LearnedLength
 
-LONGEST, MOST = 6, 3
+LONGEST, MOST = 16, 3
 
 
 class Clock:
@@ -31,22 +31,28 @@ def learned(most: int = MOST) -> LearnedLength:
 
 
 def serve(
-    length: LearnedLength, clock: Clock, steps: int, seconds: list[float], right: int, texts: list[int] | None = None
-) -> list[int]:
-    """What the head drafts for each of four requests, where its first ``right`` tokens are always accepted."""
+    length: LearnedLength,
+    clock: Clock,
+    steps: int,
+    seconds: list[float],
+    right: int,
+    texts: dict[int, int] | None = None,
+) -> list[tuple[int, int]]:
+    """What was planned for four requests, where the head's first ``right`` tokens and all of texts are accepted."""
     found = []
     for _ in range(steps):
-        head = length.plan(4, texts or [])
+        head, text = length.plan(4, texts or {})
         width = length.get_steps_for_batch(4)
-        assert width == (LONGEST if texts else head)
-        found.append(head)
+        assert width == (text or head)
+        found.append((head, text))
         clock.now += seconds[width]
-        length.on_verify_complete([LONGEST if row in (texts or []) else min(head, right) for row in range(4)], 4)
+        good = [text if row in (texts or {}) and text else min(head, right) for row in range(4)]
+        length.on_verify_complete(good, 4)
     return found
 
 
-def share(drafted: list[int], count: int) -> float:
-    return drafted.count(count) / len(drafted)
+def share(planned: list[tuple[int, int]], head: int, text: int = 0) -> float:
+    return planned.count((head, text)) / len(planned)
 
 
 @pytest.mark.parametrize(
@@ -62,20 +68,28 @@ def test_it_drafts_what_pays(clock: Clock, draft_seconds: float, right: int, bes
     assert share(serve(length, clock, 400, seconds, right), best) > 0.85
 
 
-def test_steps_with_texts_do_not_tell_what_a_length_costs(clock: Clock) -> None:
-    """They verify the longest draft, and take three times as long here; the head drafts as before."""
-    seconds = [1.0, 1.02, 1.05, 1.08, 3.0, 3.0, 3.0]
+@pytest.mark.parametrize(("narrow", "wide", "text"), [(1.1, 1.2, 8), (1.1, 30.0, 4), (20.0, 30.0, 0)])
+def test_texts_are_verified_where_that_pays(clock: Clock, narrow: float, wide: float, text: int) -> None:
+    """One request of four has a draft of seven tokens, for which all rows are eight long; the head's are all right."""
+    seconds = [1.0, 1.02, 1.05, 1.08, *[narrow] * 4, *[wide] * 9]
     length = learned()
     serve(length, clock, 200, seconds, MOST)
-    mixed = serve(length, clock, 100, seconds, MOST, [0, 2])
-    assert set(mixed) == {MOST}
+    serve(length, clock, 100, seconds, MOST, {1: 7})
+    assert share(serve(length, clock, 200, seconds, MOST, {1: 7}), MOST, text) > 0.95
     assert share(serve(length, clock, 200, seconds, MOST), MOST) > 0.85
+
+
+def test_texts_come_first_in_a_batch_that_nobody_timed(clock: Clock) -> None:
+    length = learned()
+    assert serve(length, clock, 1, [1.0] * 17, MOST, {0: 16})[0] in ((MOST, 8), (MOST, 16))
+    assert serve(length, clock, 1, [1.0] * 17, MOST, {0: 3, 2: 4}) == [(MOST, 4)]
 
 
 def test_a_useless_head_drafts_what_is_there_anyway_beside_texts(clock: Clock) -> None:
     length = learned()
-    serve(length, clock, 300, [1.0, 1.1, 1.2, 1.3, 2.0, 2.0, 2.0], 0)
-    assert set(serve(length, clock, 20, [2.0] * 7, 0, [1])) == {1}
+    seconds = [1.0, 1.1, 1.2, 1.3] + [1.5] * 13
+    serve(length, clock, 300, seconds, 0)
+    assert {head for head, text in serve(length, clock, 20, seconds, 0, {1: 16}) if text} == {1}
 
 
 def test_steps_after_prompts_are_not_timed(clock: Clock) -> None:
@@ -85,7 +99,7 @@ def test_steps_after_prompts_are_not_timed(clock: Clock) -> None:
     for i in range(300):
         if i % 2:
             length.prefill()
-        head = length.plan(4, [])
+        head, _ = length.plan(4, {})
         clock.now += seconds[head] + 5.0 * (i % 2 and head > 0)
         length.on_verify_complete([head] * 4, 4)
     assert share(serve(length, clock, 200, seconds, MOST), MOST) > 0.85
@@ -93,11 +107,11 @@ def test_steps_after_prompts_are_not_timed(clock: Clock) -> None:
 
 def test_lengths_are_prepared_and_forgotten_steps_do_no_harm(clock: Clock) -> None:
     length = learned()
-    assert length.candidate_steps == [0, 1, 2, 3, 6]
+    assert length.candidate_steps == [0, 1, 2, 3, 4, 8, 16]
     length.set_cuda_graph_bs([1, 2, 4])
     assert length.cuda_graph_bs_for_step(2) == [1, 2, 4]
     length.on_verify_complete([1, 1], 2)  # of a step that nobody planned
-    length.plan(3, [])
+    length.plan(3, {})
     length.on_verify_complete([1, 1], 2)  # nor of this size
-    assert serve(length, clock, 5, [1.0] * 7, MOST)
+    assert serve(length, clock, 5, [1.0] * 17, MOST)
     assert learned(LONGEST).candidate_steps == list(range(LONGEST + 1))
