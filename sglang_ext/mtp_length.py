@@ -78,8 +78,9 @@ class LearnedLength:
             Tokens that the head drafts for rows without another draft, and those verified of a text's; of these none
             where the head's are worth more.
         """
-        # The first token is there anyway: the head reads each verified token at once.
-        head = max(self._head, 1)
+        # Beside texts the head drafts all or, where it drafts little alone, its first token, which is there anyway: it
+        # reads each verified token at once. SGLang's CUDA graphs draft as many tokens as they were captured with.
+        head = self._most if self._head > 1 else 1
         width = self._texts.choose(requests, list(texts.values()), head) if texts else None
         if width is None:
             texts = {}

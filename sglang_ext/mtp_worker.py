@@ -33,14 +33,16 @@ def _is_no_switch(record: logging.LogRecord) -> bool:
 class MtpDraftWorker(EagleDraftWorker):
     """Fills the rows of a batch from both sources."""
 
+    head_tokens: int  # the head's longest draft; graphs of each length are captured with that or the length
     drafts: Mapping[int, list[int]] = {}  # of the texts, by row
-    head_tokens: int = 0
+    first: bool = False  # the head drafts no more than its first token, beside those
     skips: bool = False  # this step runs no head
 
     def draft(self, batch: Any, **kwargs: Any) -> Any:
         drafts = self.drafts
         # Data-parallel ranks take part in each other's collectives: none may leave the head out alone.
-        self.skips = bool(drafts) and len(drafts) == len(batch.reqs) and not is_dp_attention_enabled()
+        alone = self.first or len(drafts) == len(batch.reqs)
+        self.skips = bool(drafts) and alone and not is_dp_attention_enabled()
         graphs = self.cuda_graph_runner
         try:
             if self.skips:
@@ -101,6 +103,7 @@ class MtpWorker(EAGLEWorkerV2):
             return
         # The constructor of EAGLEWorkerV2 names the class of its draft worker.
         self._draft_worker.__class__ = MtpDraftWorker
+        self._draft_worker.head_tokens = self.most  # type: ignore[attr-defined]
         reason = fixed_reason(server_args, self._draft_worker.draft_runner.model_config.hf_config)
         if not settings.learn_head:
             reason = "mtp.hybrid.learn_head is false"
@@ -127,7 +130,7 @@ class MtpWorker(EAGLEWorkerV2):
                 self.texts.withdraw(batch, drafts)
             drafts = {row: draft[:width] for row, draft in drafts.items() if width}
         self.texts.begin(batch, drafts, head)
-        self._draft_worker.drafts, self._draft_worker.head_tokens = drafts, head  # type: ignore[attr-defined]
+        self._draft_worker.drafts, self._draft_worker.first = drafts, head == 1  # type: ignore[attr-defined]
 
     def verify(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().verify(batch, *args, **kwargs)
