@@ -232,7 +232,6 @@ def test_two_ranks_learn_the_length_of_the_head(
         assert sum(by_position) > 0.95 * drafted and drafted > 0.9 * steps
     else:
         assert sum(by_position) == 0 and drafted < 1.5 * steps
-        assert difference(after["suffix"], before["suffix"])[0] > 0
 
 
 @pytest.mark.parametrize(("kind", "status"), [("right", 0), ("swapped", 1)])
