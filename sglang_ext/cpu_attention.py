@@ -35,35 +35,14 @@ class BatchAttention(TorchNativeAttnBackend):
         extend_prefix_lens: Tensor,
         extend_seq_lens: Tensor,
         encoder_lens: Tensor | None = None,
-        scaling: float | None = None,
-        enable_gqa: bool = False,
-        causal: bool = False,
-        is_cross_attn: bool = False,
-        sliding_window_size: int | None = None,
+        **options: Any,
     ) -> Tensor:
+        cache = query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens
         tokens = len(query) // max(len(seq_lens), 1)
-        alone = encoder_lens is None and causal and not is_cross_attn and not self.use_sliding_window_kv_pool
+        alone = self._is_plain(encoder_lens, options) and options["causal"]
         if alone and bool((extend_seq_lens == tokens).all()) and bool((extend_prefix_lens > 0).all()):
-            reach = self._seen(req_to_token, req_pool_indices, seq_lens, tokens, sliding_window_size)
-            output.copy_(attend(query, k_cache, v_cache, reach, scaling))
-            return output
-        return super()._run_sdpa_forward_extend(
-            query,
-            output,
-            k_cache,
-            v_cache,
-            req_to_token,
-            req_pool_indices,
-            seq_lens,
-            extend_prefix_lens,
-            extend_seq_lens,
-            encoder_lens,
-            scaling=scaling,
-            enable_gqa=enable_gqa,
-            causal=causal,
-            is_cross_attn=is_cross_attn,
-            sliding_window_size=sliding_window_size,
-        )
+            return self._attend(*cache, tokens, options)
+        return super()._run_sdpa_forward_extend(*cache, extend_prefix_lens, extend_seq_lens, encoder_lens, **options)
 
     def _run_sdpa_forward_decode(
         self,
@@ -75,31 +54,30 @@ class BatchAttention(TorchNativeAttnBackend):
         req_pool_indices: Tensor,
         seq_lens: Tensor,
         encoder_lens: Tensor | None = None,
-        scaling: float | None = None,
-        enable_gqa: bool = False,
-        causal: bool = False,
-        is_cross_attn: bool = False,
-        sliding_window_size: int | None = None,
+        **options: Any,
     ) -> Tensor:
-        if encoder_lens is None and not is_cross_attn and not self.use_sliding_window_kv_pool and len(seq_lens):
-            reach = self._seen(req_to_token, req_pool_indices, seq_lens, 1, sliding_window_size)
-            output.copy_(attend(query, k_cache, v_cache, reach, scaling))
-            return output
-        return super()._run_sdpa_forward_decode(
-            query,
-            output,
-            k_cache,
-            v_cache,
-            req_to_token,
-            req_pool_indices,
-            seq_lens,
-            encoder_lens,
-            scaling=scaling,
-            enable_gqa=enable_gqa,
-            causal=causal,
-            is_cross_attn=is_cross_attn,
-            sliding_window_size=sliding_window_size,
-        )
+        cache = query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens
+        if self._is_plain(encoder_lens, options) and len(seq_lens):
+            return self._attend(*cache, 1, options)
+        return super()._run_sdpa_forward_decode(*cache, encoder_lens, **options)
+
+    def _is_plain(self, encoder_lens: Tensor | None, options: dict[str, Any]) -> bool:
+        return encoder_lens is None and not options["is_cross_attn"] and not self.use_sliding_window_kv_pool
+
+    def _attend(
+        self,
+        query: Tensor,
+        output: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        req_to_token: Tensor,
+        req_pool_indices: Tensor,
+        seq_lens: Tensor,
+        tokens: int,
+        options: dict[str, Any],
+    ) -> Tensor:
+        reach = self._seen(req_to_token, req_pool_indices, seq_lens, tokens, options["sliding_window_size"])
+        return output.copy_(attend(query, k_cache, v_cache, reach, options["scaling"]))
 
     def _seen(
         self, req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor, tokens: int, window: int | None
