@@ -14,25 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from fourfold.common.mtp.agreement import slowest
 from fourfold.common.mtp.draft_length import DraftLength, Policy
 from fourfold.common.mtp.text_width import TextWidth
 
 _PENDING = 8  # more steps than any scheduler launches ahead
-
-
-def slowest_rank(seconds: float) -> float:
-    """``seconds`` of the slowest tensor-parallel rank, so that all choose the same."""
-    group = get_tp_group()
-    if group.world_size == 1:
-        return seconds
-    slowest = torch.tensor(seconds, dtype=torch.float64)
-    torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX, group.cpu_group)
-    return slowest.item()
 
 
 @dataclass(frozen=True)
@@ -52,11 +42,13 @@ class LearnedLength:
     Args:
         longest: tokens of the longest draft, from a text or the head.
         most: tokens of the head's longest draft.
-        agree: of a step's seconds on this rank, those that all ranks learn from.
+        agree: of a step's seconds on this rank, those that all ranks learn from; the slowest tensor-parallel rank's
+            where not given.
     """
 
-    def __init__(self, longest: int, most: int, agree: Callable[[float], float] = slowest_rank) -> None:
-        self._most, self._agree = most, agree
+    def __init__(self, longest: int, most: int, agree: Callable[[float], float] | None = None) -> None:
+        self._most = most
+        self._agree = agree or (lambda seconds: slowest(seconds, get_tp_group().cpu_group))
         self._head, self._width = most, longest
         self._length = DraftLength(Policy(most))
         widths = [w for w in (1 << i for i in range(longest.bit_length())) if most < w < longest]

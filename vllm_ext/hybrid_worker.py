@@ -27,7 +27,6 @@ from fourfold.vllm_ext.platform_worker import Worker  # the first of vLLM
 # isort: split
 
 import numpy as np
-import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
@@ -36,6 +35,7 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
 from fourfold.common.mtp import metrics
+from fourfold.common.mtp.agreement import slowest
 from fourfold.common.mtp.draft_length import DraftLength, Policy
 from fourfold.common.mtp.hybrid import READ, HybridDrafts
 from fourfold.common.settings import HybridSettings, additional_settings
@@ -121,11 +121,9 @@ class HybridDrafting:
         if asked is None:
             return
         requests, headed = asked
-        seconds = now - since if steady and since is not None else None
-        if seconds is not None and get_tp_group().world_size > 1:  # all ranks choose the same
-            slowest = torch.tensor(seconds, dtype=torch.float64)
-            torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX, get_tp_group().cpu_group)
-            seconds = slowest.item()
+        seconds = None
+        if steady and since is not None:
+            seconds = slowest(now - since, get_tp_group().cpu_group)
         head = [(drafted, good) for request, drafted, good in rows if request in headed]
         text = sum(good for request, _, good in rows if request not in headed)
         length.observe(requests, self.count, head, seconds, headless=len(rows) + text)

@@ -3,15 +3,28 @@
 Data-parallel ranks of a model with experts take part in each other's collectives in every forward pass, so one that
 drafts longer than the others waits for ever. Now and then, all at the same step, the ranks exchange a `row` each, and
 `agree` applies the pure functions of `draft_length` to the merged rows; until the next time all draft `k` tokens. A
-step of that policy is such a turn.
+step of that policy is such a turn. Tensor-parallel ranks see the same, except how long it took: of that they keep the
+`slowest`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+from torch.distributed import ProcessGroup, ReduceOp
+
 from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp.draft_length import Observation, Policy, choose, initial, merge, observe
+
+
+def slowest(seconds: float, ranks: ProcessGroup) -> float:
+    """Return ``seconds`` of the slowest of ``ranks``, a group on the CPU, so that all learn the same from a step."""
+    if ranks.size() == 1:
+        return seconds
+    longest = torch.tensor(seconds, dtype=torch.float64)
+    torch.distributed.all_reduce(longest, ReduceOp.MAX, ranks)
+    return longest.item()
 
 
 class Agreement:

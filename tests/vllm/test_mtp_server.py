@@ -25,7 +25,7 @@ from fourfold.common.mtp.probe import read_metrics
 from fourfold.common.serving import EngineServer
 
 K, SCALE = 3, 0.4
-ARGUMENTS = ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager"]
+ARGUMENTS = ["--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "4", "--enforce-eager"]
 
 
 HYBRID = ["--worker-cls", "fourfold.vllm_ext.hybrid_worker.HybridWorker"]
@@ -167,7 +167,7 @@ def test_a_cancelled_stream_leaves_nothing_behind(server: EngineServer) -> None:
     before = counters(server)["generation_tokens_total"]
     for text in texts[:2]:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-        body = {"model": server.model, "prompt": text, "max_tokens": 450, "ignore_eos": True, "stream": True}
+        body = {"model": server.model, "prompt": text, "max_tokens": 1900, "ignore_eos": True, "stream": True}
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         assert connection.getresponse().read(200)
         connection.close()
@@ -176,7 +176,7 @@ def test_a_cancelled_stream_leaves_nothing_behind(server: EngineServer) -> None:
     assert answers == [continuation(text[-1], 60) for text in texts]
     found = counters(server)
     assert found["num_requests_running"] == found["num_requests_waiting"] == 0
-    assert found["generation_tokens_total"] - before < 600  # the cancelled ones ended
+    assert found["generation_tokens_total"] - before < 240 + 1900  # the cancelled ones ended
 
 
 def test_two_ranks(tmp_path: Path) -> None:
