@@ -33,7 +33,7 @@ class _Step:
     width: int
     head: int
     texts: Mapping[int, int]
-    steady: bool  # it decodes, as the one before
+    steady: bool  # it decodes, as the one before, and reads nothing late
 
 
 class LearnedLength:
@@ -44,6 +44,9 @@ class LearnedLength:
         most: tokens of the head's longest draft.
         agree: of a step's seconds on this rank, those that all ranks learn from; the slowest tensor-parallel rank's
             where not given.
+
+    Attributes:
+        defers: the head is left out of steps without drafts, and reads what it missed in the first that drafts again.
     """
 
     def __init__(self, longest: int, most: int, agree: Callable[[float], float] | None = None) -> None:
@@ -56,6 +59,7 @@ class LearnedLength:
         self.candidate_steps = sorted({*range(most + 1), *widths, longest})
         self._steps: deque[_Step] = deque(maxlen=_PENDING)
         self._decodes = False  # the last step did
+        self.defers = False
         self._graphs: list[int] | None = None
         self._since = 0.0
 
@@ -70,6 +74,7 @@ class LearnedLength:
             Tokens that the head drafts for rows without another draft, and those verified of a text's; of these none
             where the head's are worth more.
         """
+        missed = self.defers and not self._width
         # Beside texts the head drafts all or, where it drafts little alone, its first token, which is there anyway: it
         # reads each verified token at once. SGLang's CUDA graphs draft as many tokens as they were captured with.
         head = self._most if self._head > 1 else 1
@@ -79,7 +84,7 @@ class LearnedLength:
             head = self._head = width = self._length.choose(requests)
         self._width = width
         texts = {row: min(length, width) for row, length in texts.items()}
-        self._steps.append(_Step(requests, width, head, texts, self._decodes))
+        self._steps.append(_Step(requests, width, head, texts, self._decodes and not (missed and width)))
         self._decodes = True
         return head, width if texts else 0
 

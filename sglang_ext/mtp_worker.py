@@ -4,7 +4,8 @@ A batch verifies as many tokens of each request as `LearnedLength` chooses, ``--
 cannot change that: its suffix draft where `HybridDrafts` has one, else those of the MTP head. The rest of a row repeats
 the last token of the draft; verification treats every token as any other, so the output stays the target's, greedy and
 sampled. A batch whose every request has a suffix draft runs no step of the head; the head still reads all verified
-tokens, so that its KV cache is complete. Tensor-parallel ranks see the same text and so draft the same.
+tokens, so that its KV cache is complete, those of steps without drafts later (`deferred_head`). Tensor-parallel ranks
+see the same text and so draft the same.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker, EAGLEWorker
 
 from fourfold.common.log import get_logger
 from fourfold.common.settings import settings_from_env
+from fourfold.sglang_ext.deferred_head import DeferredHead, capacity, obstacle
 from fourfold.sglang_ext.mtp_length import LearnedLength, fixed_reason
 from fourfold.sglang_ext.mtp_texts import TextDrafts
 
@@ -37,6 +39,7 @@ class MtpDraftWorker(EagleDraftWorker):
     drafts: Mapping[int, list[int]] = {}  # of the texts, by row
     first: bool = False  # the head drafts no more than its first token, beside those
     skips: bool = False  # this step runs no head
+    deferred: DeferredHead | None = None
 
     def draft(self, batch: Any, **kwargs: Any) -> Any:
         drafts = self.drafts
@@ -73,6 +76,12 @@ class MtpDraftWorker(EagleDraftWorker):
         parents = places - 1 if width > 1 else places[:, :0]
         return parents, places, torch.cat([tokens, tokens[:, -1:].expand(-1, width - tokens.shape[1])], 1), None
 
+    def _draft_extend_for_decode(self, batch: Any, batch_result: Any, **kwargs: Any) -> None:
+        if self.deferred is None or self.speculative_num_steps or batch.forward_mode.is_idle():
+            super()._draft_extend_for_decode(batch, batch_result, **kwargs)
+        else:
+            self.deferred.defer(batch, batch_result)
+
     def _chain(self, forward_batch: Any, steps: int, idle: bool) -> Any:
         """[requests, steps] drafted by the head."""
         width = self.speculative_num_steps
@@ -99,6 +108,7 @@ class MtpWorker(EAGLEWorkerV2):
         self.longest = self.speculative_num_steps
         self.most = min(settings.head_tokens, self.longest) if settings.enabled else self.longest
         self.length: LearnedLength | None = None
+        self.deferred: DeferredHead | None = None
         if self._draft_worker is None:
             return
         # The constructor of EAGLEWorkerV2 names the class of its draft worker.
@@ -113,11 +123,25 @@ class MtpWorker(EAGLEWorkerV2):
             logging.getLogger(eagle_worker_v2.__name__).addFilter(_is_no_switch)
         head = f"{self.most} ({reason})" if reason else f"up to {self.most}"
         get_logger(__name__).info("fourfold: the MTP head drafts %s of at most %d tokens", head, self.longest)
+        if reason is None:
+            self._defer()
+
+    def _defer(self) -> None:
+        """Leave the head out of steps without drafts, where that can be."""
+        worker: Any = self._draft_worker
+        reason = obstacle(worker.draft_runner)
+        if not reason:
+            worker.deferred = self.deferred = DeferredHead(worker, capacity(), self._stub_skipped_draft_extend)
+            self.length.defers = True  # type: ignore[union-attr]
+        how = f"runs all the same: {reason}" if reason else "is left out, and reads later what it missed"
+        get_logger(__name__).info("fourfold: in steps without drafts the MTP head %s", how)
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             if self.length is not None:
                 self.length.prefill()
+            if self.deferred is not None:
+                self.deferred.forget(batch.reqs)
         else:
             self._plan(batch)
         return super().forward_batch_generation(batch, *args, **kwargs)
@@ -129,6 +153,8 @@ class MtpWorker(EAGLEWorkerV2):
             if not width:
                 self.texts.withdraw(batch, drafts)
             drafts = {row: draft[:width] for row, draft in drafts.items() if width}
+            if self.deferred is not None and head:
+                self.deferred.resume(batch)
         self.texts.begin(batch, drafts, head)
         self._draft_worker.drafts, self._draft_worker.first = drafts, head == 1  # type: ignore[attr-defined]
 
