@@ -9,6 +9,7 @@ request holds, and when the room for them is used up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +83,7 @@ class DeferredHead:
         self._listen(batch.tree_cache)
         self._batch = copy(batch)
         if self._count + len(states) > self._capacity:
-            self._read_all(batch.reqs)
+            self._read_all(batch.reqs, drafting=False)
         end = self._count + len(states)
         self._states[self._count : end], self._tokens[self._count : end] = states, tokens
         for row, request, length in zip(range(self._count, end), batch.reqs, batch.seq_lens.tolist(), strict=True):
@@ -93,7 +94,7 @@ class DeferredHead:
     def resume(self, batch: Any) -> None:
         """Read what the requests of ``batch`` lack, and give each the first token of its draft."""
         places = [row for row, request in enumerate(batch.reqs) if request.rid in self._unread]
-        output = self._read_all(batch.reqs)
+        output = self._read_all(batch.reqs, drafting=True)
         if output is not None:
             draft = batch.spec_info
             draft.topk_index[places] = output.next_token_logits.argmax(-1, keepdim=True)
@@ -105,10 +106,10 @@ class DeferredHead:
         for request in requests:
             self._unread.pop(request.rid, None)
 
-    def _read_all(self, requests: Sequence[Any]) -> Any:
+    def _read_all(self, requests: Sequence[Any], drafting: bool) -> Any:
         """Read what ``requests`` lack, in their order, and drop the rest: no other is being answered."""
         unread = [self._unread[request.rid] for request in requests if request.rid in self._unread]
-        output = self._read(unread) if unread else None
+        output = self._read(unread, drafting) if unread else None
         self._unread.clear()
         self._count = 0
         return output
@@ -121,14 +122,14 @@ class DeferredHead:
 
         def read_first(req: Any, *args: Any, **kwargs: Any) -> Any:
             if unread := self._unread.pop(req.rid, None):
-                self._read([unread])
+                self._read([unread], drafting=False)
             return checkpoint(req, *args, **kwargs)
 
         cache.checkpoint = read_first
 
     @torch.inference_mode()
-    def _read(self, unread: Sequence[_Unread]) -> Any:
-        """SGLang's ``LogitsProcessorOutput`` of the last position of each."""
+    def _read(self, unread: Sequence[_Unread], drafting: bool) -> Any:
+        """Let the head read; with ``drafting``, SGLang's ``LogitsProcessorOutput`` of the last position of each."""
         runner, batch = self._worker.draft_runner, copy(self._batch)
         device = self._states.device
         rows = torch.tensor([row for part in unread for row in part.rows], device=device)
@@ -156,7 +157,9 @@ class DeferredHead:
         forward_batch = ForwardBatch.init_new(
             batch, runner, capture_hidden_mode=CaptureHiddenMode.LAST, return_hidden_states_before_norm=False
         )
+        filling = None if drafting else getattr(runner.model, "filling_cache", None)
         with (
+            filling() if filling else nullcontext(),
             draft_tp_context(self._worker.parallel_layout),
             speculative_moe_backend_context(),
             speculative_moe_a2a_backend_context(),

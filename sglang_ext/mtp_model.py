@@ -9,7 +9,8 @@ layer has, sparse attention excepted.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -36,7 +37,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
 from fourfold.common.mtp.formats import PLAIN
 from fourfold.common.mtp.head import BLOCK, Formula, MtpHead
-from fourfold.common.mtp.layer_class import arguments, decoder_layer
+from fourfold.common.mtp.layer_class import arguments, decoder_layer, without_feed_forward
 from fourfold.sglang_ext import mla
 from fourfold.sglang_ext.hooks import install
 
@@ -113,6 +114,7 @@ class FourfoldMTP(nn.Module):
 
     start_layer, end_layer = 0, 1
     packed_modules_mapping = mla.FUSED
+    _filling_cache = False
     steps: WeakValueDictionary[int, FourfoldMTP] = WeakValueDictionary()  # of this process, by `draft_model_idx`
 
     def __init__(
@@ -162,6 +164,15 @@ class FourfoldMTP(nn.Module):
             if found not in PLAIN.values():
                 raise FourfoldError(f"the MTP head's own {role} is stored as {found}; FourfoldMTP takes it unquantised")
 
+    @contextmanager
+    def filling_cache(self) -> Iterator[None]:
+        """Let `forward` fill the KV cache and compute nothing else, for positions from which nothing is drafted."""
+        self._filling_cache = True
+        try:
+            yield
+        finally:
+            self._filling_cache = False
+
     @torch.no_grad()
     def forward(
         self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None
@@ -175,6 +186,10 @@ class FourfoldMTP(nn.Module):
         """
         (own,) = self.source
         embedding = own.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        if self._filling_cache:
+            with without_feed_forward(own.model.block):
+                own.model(positions, embedding, forward_batch)
+            return LogitsProcessorOutput(next_token_logits=None)
         hidden = own.model(positions, embedding, forward_batch)
         normed = own.model.norm(hidden) if len(hidden) else hidden
         before = hidden if self.head.formula.feedback == "pre_norm" else None

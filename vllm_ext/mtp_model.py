@@ -30,7 +30,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
 from fourfold.common.mtp.formats import PLAIN
 from fourfold.common.mtp.head import BLOCK, Formula, MtpHead
-from fourfold.common.mtp.layer_class import arguments, decoder_layer
+from fourfold.common.mtp.layer_class import arguments, decoder_layer, without_feed_forward
 from fourfold.common.mtp.vocabulary import DraftVocabulary, Product
 
 # Fused modules of vLLM's layers, as packed_modules_mapping says them; a target's own mapping comes on top.
@@ -119,19 +119,8 @@ class _Module(nn.Module):
 
     def fill_cache(self, **inputs: Tensor) -> Tensor:
         """`forward` without the layer's feed-forward part, on which no cache entry depends; the output is void."""
-        left_out = getattr(self.block, "mlp", None)
-        if left_out is None:
-            return self(**inputs)
-        self.block.mlp = _Skipped()
-        try:
+        with without_feed_forward(self.block):
             return self.forward(**inputs)
-        finally:
-            self.block.mlp = left_out
-
-
-class _Skipped(nn.Module):
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
 
 
 def _packed(weight: Tensor) -> Product:

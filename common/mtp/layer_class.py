@@ -1,11 +1,14 @@
-"""The decoder layer class of a target, found and called by its signature: what both engines' generic heads build on."""
+"""What both engines' generic heads build on: the decoder layer class of a target, found and called by its signature."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor, nn
 
 from fourfold.common.errors import FourfoldError
 
@@ -43,3 +46,27 @@ def arguments(function: Callable[..., Any], offered: Mapping[str, Any], name: st
     if missing:
         raise FourfoldError(f"{name} needs {', '.join(missing)}, which FourfoldMTP does not know")
     return {p.name: offered[p.name] for p in parameters if p.name in offered}
+
+
+@contextmanager
+def without_feed_forward(layer: nn.Module) -> Iterator[None]:
+    """Leave a decoder layer's feed-forward part out: its KV cache is the same without, and its output is void."""
+    part = getattr(layer, "mlp", None)
+    if part is None:
+        yield
+        return
+    layer.mlp = _Skipped(part)
+    try:
+        yield
+    finally:
+        layer.mlp = part
+
+
+class _Skipped(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = (part,)  # no submodule
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        """The input as it came; one that an engine quantised beforehand has another shape than the output."""
+        return hidden_states if isinstance(hidden_states, Tensor) else self.part[0](hidden_states, *args, **kwargs)

@@ -17,6 +17,7 @@ from typing import Any
 import engine_checks
 import oracle
 import pytest
+import torch
 from given_lengths import GivenLengths
 from sglang_answers import SIZES, generate
 
@@ -28,6 +29,7 @@ LENGTHS = {
     "roomy": [0] * 11 + [K] * 3,
     "crowded": [0] * 23 + [K] * 2,  # 32 positions are kept, so that some have to be read meanwhile
     "conversation": [0],
+    "always": [0],  # the head reads in every step
 }
 CROWDED = ["--chunked-prefill-size", "32", "--max-total-tokens", "320", "--max-running-requests", "2"]
 CROWDED += ["--schedule-conservativeness", "0"]
@@ -46,6 +48,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
         given = path / f"{name}.json"
         given.write_text(json.dumps(lengths))
         env = {"OMP_NUM_THREADS": "1", "FOURFOLD_CONFIG": json.dumps(HEAD_ALONE), "GIVEN_LENGTHS": str(given)}
+        if name == "always":
+            env["GIVEN_ALWAYS"] = "1"
         more = CROWDED if name == "crowded" else []
         port = free_port(21800 + len(running))
         running[name] = GivenLengths("sglang", str(target), path / f"{name}.log", [*flags, *more], env, port)
@@ -64,15 +68,19 @@ def check(prompts: list[list[int]], answers: list[Any], tokens: int = TOKENS) ->
 
 
 def blocks(server: EngineServer) -> list[tuple[int, int, list[int]]]:
-    """Of the log, in turn: a length, in how many steps it was asked for, and how much the head read in each pass."""
-    lines = [line.split() for line in server.log.read_text().splitlines() if line.startswith(("LENGTH ", "READ "))]
+    """Of the log, in turn: a length, in how many steps it was asked for, and the passes of the head in the last.
+
+    A pass is the number of positions read; one that only fills the cache counts below zero.
+    """
     found: list[tuple[int, int, list[int]]] = []
-    for kind, line in groupby(lines, key=tuple):
-        value, count = int(kind[1]), len(list(line))
-        if kind[0] == "READ" and found:
-            found[-1][2].extend([value] * count)
-        elif kind[0] == "LENGTH":
-            found.append((value, count, []))
+    kinds = "LENGTH", "READ", "FILL"
+    lines = [line.split() for line in server.log.read_text().splitlines() if line.split(" ")[0] in kinds]
+    for (kind, value), same in groupby(lines, key=tuple):
+        number, count = int(value), len(list(same))
+        if kind == "LENGTH":
+            found.append((number, count, []))
+        elif found:
+            found[-1][2].extend([number if kind == "READ" else -number] * count)
     return found
 
 
@@ -99,19 +107,32 @@ def test_a_request_that_gives_way_and_what_is_read_meanwhile(servers: dict[str, 
         last = [line for line in stream.read().decode().splitlines() if line.startswith("data: {")][-1]
         check(prompts, [json.loads(last.removeprefix("data: ")), *second.result()], tokens)
     assert "Retract requests" in server.log.read_text()
-    assert any(20 < max(reads, default=0) <= 32 for length, _, reads in blocks(server) if not length)
+    assert any(-32 <= min(reads, default=0) < -20 for length, _, reads in blocks(server) if not length)
 
 
-def test_an_answer_without_drafts_is_what_a_conversation_goes_on_from(servers: dict[str, EngineServer]) -> None:
+def entries(server: EngineServer) -> dict[int, torch.Tensor]:
+    """By position, what the head stored last."""
+    lines = [line.split() for line in server.log.read_text().splitlines() if line.startswith("ENTRY ")]
+    return {int(position): torch.tensor([float(value) for value in values]) for _, position, *values in lines}
+
+
+def test_what_a_conversation_goes_on_from_is_what_it_would_have_been(servers: dict[str, EngineServer]) -> None:
+    """The answer has no drafts, and all of it is read for the prefix cache, which is asked for it afterwards."""
+    first, found = oracle.prompt(5, 40), {}
+    for name, passes in (("conversation", [-39]), ("always", [1])):
+        server = servers[name]
+        answer = generate(server, [first], 40)[0]
+        assert answer["meta_info"]["spec_verify_ct"] == 39 and blocks(server)[-1][2] == passes
+        found[name] = entries(server)
+        assert sorted(found[name]) == list(range(79))
+    late, always = (torch.stack([found[name][i] for i in range(79)]) for name in found)
+    assert late[40:].std() > 1 and torch.allclose(late, always, rtol=0.02, atol=0.1)
     server = servers["conversation"]
-    first = oracle.prompt(5, 40)
-    answer = generate(server, [first], 40)[0]
-    assert answer["meta_info"]["spec_verify_ct"] == 39
     Path(server.env["GIVEN_LENGTHS"]).write_text(json.dumps([K]))
-    second = [*first, *oracle.continuation(first[-1], 41)]
+    second = [*first, *answer["output_ids"]]
     answers = generate(server, [second], TOKENS)
     check([second], answers)
-    assert answers[0]["meta_info"]["cached_tokens"] > 70
+    assert answers[0]["meta_info"]["cached_tokens"] > len(first) + 30
 
 
 def test_the_log_says_that_it_is_left_out(servers: dict[str, EngineServer]) -> None:
