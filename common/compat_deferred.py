@@ -88,6 +88,8 @@ DEFERRED: tuple[Seam, ...] = (
         _READ,
         ("batch", "model_runner", "capture_hidden_mode", "return_hidden_states_before_norm"),
     ),
+    _sglang("model_executor.forward_batch_info:CaptureHiddenMode.LAST", _READ),
+    _sglang("model_executor.forward_batch_info:ForwardMode.EXTEND", _READ),
     _sglang("model_executor.model_runner:ModelRunner.forward", "reads it", ("forward_batch",)),
     *(
         _sglang(f"{_SCHEDULED}.{name}", _READ)

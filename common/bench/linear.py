@@ -109,10 +109,13 @@ def linear(
 
 
 def _bf16(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product with a BF16 weight that engines and compiled models use: oneDNN's, on a weight packed beforehand."""
+    """The product with a BF16 weight that engines and compiled models use: oneDNN's, on a weight packed beforehand.
+
+    PyTorch's own where oneDNN has none: it wants AVX-512, or AVX-NE-CONVERT.
+    """
     import torch
 
-    if not torch.backends.mkldnn.is_available():
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return lambda x: torch.nn.functional.linear(x, weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
