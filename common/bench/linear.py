@@ -115,7 +115,9 @@ def _bf16(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """
     import torch
 
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    from fourfold.common.bench import machine
+
+    if not machine.multiplies_bf16():
         return lambda x: torch.nn.functional.linear(x, weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

@@ -36,6 +36,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def multiplies_bf16() -> bool:
+    """Whether PyTorch multiplies BF16 by the processor's own instructions, by oneDNN: else it is many times slower."""
+    import torch
+
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def available_memory() -> float:
     """Bytes that new processes can have without paging; infinite where Linux does not say."""
     try:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fourfold.common.mtp.training.distil import distil
 from fourfold.common.mtp.training.head import TrainedHead
@@ -49,6 +51,15 @@ class Plan:
     save_every: int = 50
 
 
+class _WithoutBf16(TorchFunctionMode):
+    """Leaves tensors as they are where BF16 is asked for: PyTorch's Muon does, on any processor."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is Tensor.bfloat16:
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
+
+
 class Optimiser:
     """Muon and AdamW under one schedule."""
 
@@ -59,6 +70,7 @@ class Optimiser:
         muon = torch.optim.Muon(matrices, plan.matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         self.parts: list[Any] = [muon, torch.optim.AdamW(vectors, plan.vector_rate, weight_decay=0.0)]
         self.rates = (plan.matrix_rate, plan.vector_rate)
+        self.bf16 = head.words.dtype == torch.bfloat16
 
     def step(self, number: int) -> None:
         """One update; ``number`` of ``total``."""
@@ -67,7 +79,8 @@ class Optimiser:
         for part, rate in zip(self.parts, self.rates, strict=True):
             for group in part.param_groups:
                 group["lr"] = rate * share
-            part.step()
+            with nullcontext() if self.bf16 else _WithoutBf16():
+                part.step()
             part.zero_grad()
 
 
@@ -126,13 +139,18 @@ def accepted(right: Tensor, lengths: Sequence[int]) -> list[int]:
     return counts
 
 
+def products(head: TrainedHead) -> torch.autocast:
+    """Let products be of BF16 where the target's are."""
+    return torch.autocast(head.words.device.type, torch.bfloat16, enabled=head.words.dtype == torch.bfloat16)
+
+
 @torch.no_grad()
 def evaluate(head: TrainedHead, places: Tensor, states: States, held_out: Sequence[int], steps: int) -> list[float]:
     """Acceptance by position, and the mean acceptance length with the bonus token, over dialogues."""
     counts = [0] * (steps + 1)
     for batch in batches([len(states.tokens[i]) for i in held_out], 8192):
         chosen = [held_out[i] for i in batch]
-        with torch.autocast(head.vocabulary.device.type, torch.bfloat16):
+        with products(head):
             _, right = chain(head, places, states, chosen, steps, False)
         lengths = [len(states.tokens[i]) - states.prompts[i] for i in chosen]
         counts = [a + b for a, b in zip(counts, accepted(right, lengths), strict=True)]
@@ -171,7 +189,7 @@ def fit(
         order = list(range(len(grouped)))
         random.Random(epoch).shuffle(order)
         batch = [training[i] for i in grouped[order[place]]]
-        with torch.autocast(head.vocabulary.device.type, torch.bfloat16):
+        with products(head):
             loss, right = chain(head, places, states, batch, 1 if epoch < plan.single_epochs else plan.steps, True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fourfold.common.bench.machine import multiplies_bf16
 from fourfold.common.errors import FourfoldError
 from fourfold.common.mtp.training import text
 from fourfold.common.mtp.training.head import TrainedHead
@@ -127,15 +128,16 @@ def frequent(dialogues: Sequence[Dialogue], count: int) -> tuple[torch.Tensor, f
 
 
 def load_target(model: Path) -> Any:
-    """The target in BF16, on a GPU where there is one.
+    """The target in BF16, on a GPU where there is one; in FP32 on a processor that is slow with BF16.
 
     Raises:
         FourfoldError: transformers cannot load it.
     """
     from transformers import AutoModelForCausalLM
 
+    dtype = torch.bfloat16 if torch.cuda.is_available() or multiplies_bf16() else torch.float32
     try:
-        target: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        target: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise FourfoldError(f"{model} cannot be loaded by transformers: {error}") from None
     return target.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
