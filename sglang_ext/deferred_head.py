@@ -157,9 +157,9 @@ class DeferredHead:
         forward_batch = ForwardBatch.init_new(
             batch, runner, capture_hidden_mode=CaptureHiddenMode.LAST, return_hidden_states_before_norm=False
         )
-        filling = None if drafting else getattr(runner.model, "filling_cache", None)
+        filling = nullcontext if drafting else getattr(runner.model, "filling_cache", nullcontext)
         with (
-            filling() if filling else nullcontext(),
+            filling(),
             draft_tp_context(self._worker.parallel_layout),
             speculative_moe_backend_context(),
             speculative_moe_a2a_backend_context(),

@@ -9,8 +9,7 @@ layer has, sparse attention excepted.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -37,7 +36,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
 from fourfold.common.mtp.formats import PLAIN
 from fourfold.common.mtp.head import BLOCK, Formula, MtpHead
-from fourfold.common.mtp.layer_class import arguments, decoder_layer, without_feed_forward
+from fourfold.common.mtp.layer_class import FillsCache, arguments, decoder_layer, without_feed_forward
 from fourfold.sglang_ext import mla
 from fourfold.sglang_ext.hooks import install
 
@@ -105,7 +104,7 @@ class _Module(nn.Module):
         return residual_batch.take_output(residual_batch.fold(x, forward_batch), forward_batch)
 
 
-class FourfoldMTP(nn.Module):
+class FourfoldMTP(FillsCache, nn.Module):
     """The head of a draft directory that ``fourfold mtp extract --engine sglang`` wrote.
 
     Args:
@@ -114,7 +113,6 @@ class FourfoldMTP(nn.Module):
 
     start_layer, end_layer = 0, 1
     packed_modules_mapping = mla.FUSED
-    _filling_cache = False
     steps: WeakValueDictionary[int, FourfoldMTP] = WeakValueDictionary()  # of this process, by `draft_model_idx`
 
     def __init__(
@@ -163,15 +161,6 @@ class FourfoldMTP(nn.Module):
             found = head.modules[self.index].formats.get(role, "bf16")
             if found not in PLAIN.values():
                 raise FourfoldError(f"the MTP head's own {role} is stored as {found}; FourfoldMTP takes it unquantised")
-
-    @contextmanager
-    def filling_cache(self) -> Iterator[None]:
-        """Let `forward` fill the KV cache and compute nothing else, for positions from which nothing is drafted."""
-        self._filling_cache = True
-        try:
-            yield
-        finally:
-            self._filling_cache = False
 
     @torch.no_grad()
     def forward(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from fourfold.common.errors import FourfoldError
 from fourfold.common.log import get_logger
 from fourfold.common.mtp.formats import PLAIN
 from fourfold.common.mtp.head import BLOCK, Formula, MtpHead
-from fourfold.common.mtp.layer_class import arguments, decoder_layer, without_feed_forward
+from fourfold.common.mtp.layer_class import FillsCache, arguments, decoder_layer, without_feed_forward
 from fourfold.common.mtp.vocabulary import DraftVocabulary, Product
 
 # Fused modules of vLLM's layers, as packed_modules_mapping says them; a target's own mapping comes on top.
@@ -131,13 +130,12 @@ def _packed(weight: Tensor) -> Product:
     return lambda hidden: layer.cpu_linear(hidden, layer.weight, None)
 
 
-class FourfoldMTP(nn.Module):
+class FourfoldMTP(FillsCache, nn.Module):
     """The head of a draft directory that ``fourfold mtp extract`` wrote."""
 
     model: Any
     lm_head: Any
     step = 0  # the step of a draft, where the model runner does not say
-    _filling_cache = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -235,15 +233,6 @@ class FourfoldMTP(nn.Module):
         module = self._module(spec_step_idx)
         run = module.fill_cache if self._filling_cache else module
         return run(positions=positions, hidden_states=hidden_states, inputs_embeds=inputs_embeds)
-
-    @contextmanager
-    def filling_cache(self) -> Iterator[None]:
-        """Let `forward` fill the KV cache and compute nothing else, for positions from which nothing is drafted."""
-        self._filling_cache = True
-        try:
-            yield
-        finally:
-            self._filling_cache = False
 
     def _module(self, step: int | None) -> Any:
         return self.model.layers[(self.step if step is None else step) % self.count]

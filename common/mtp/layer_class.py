@@ -62,6 +62,21 @@ def without_feed_forward(layer: nn.Module) -> Iterator[None]:
         layer.mlp = part
 
 
+class FillsCache:
+    """What a head has in common that can fill its KV cache and compute nothing else."""
+
+    _filling_cache = False
+
+    @contextmanager
+    def filling_cache(self) -> Iterator[None]:
+        """Let `forward` fill the KV cache and compute nothing else, for positions from which nothing is drafted."""
+        self._filling_cache = True
+        try:
+            yield
+        finally:
+            self._filling_cache = False
+
+
 class _Skipped(nn.Module):
     def __init__(self, part: nn.Module) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ class Optimiser:
         muon = torch.optim.Muon(matrices, plan.matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         self.parts: list[Any] = [muon, torch.optim.AdamW(vectors, plan.vector_rate, weight_decay=0.0)]
         self.rates = (plan.matrix_rate, plan.vector_rate)
-        self.bf16 = head.words.dtype == torch.bfloat16
+        self.bf16 = in_bf16(head)
 
     def step(self, number: int) -> None:
         """One update; ``number`` of ``total``."""
@@ -139,9 +139,14 @@ def accepted(right: Tensor, lengths: Sequence[int]) -> list[int]:
     return counts
 
 
+def in_bf16(head: TrainedHead) -> bool:
+    """Whether products are of BF16: where the target's are."""
+    return head.words.dtype == torch.bfloat16
+
+
 def products(head: TrainedHead) -> torch.autocast:
-    """Let products be of BF16 where the target's are."""
-    return torch.autocast(head.words.device.type, torch.bfloat16, enabled=head.words.dtype == torch.bfloat16)
+    """Let them be."""
+    return torch.autocast(head.words.device.type, torch.bfloat16, enabled=in_bf16(head))
 
 
 @torch.no_grad()
